@@ -1,0 +1,1 @@
+"""`bide`, the operator's command: it talks HTTP to the proxy, and to nothing else."""

@@ -1,0 +1,1 @@
+"""How Bide gets onto machines."""

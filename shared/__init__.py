@@ -1,0 +1,1 @@
+"""What two services need, and no more. Nothing here imports a service."""

@@ -1,0 +1,346 @@
+"""The contracts of the bus, and only they: what services tell each other.
+
+The class name is the routing key (`WorkspaceHeartbeat` travels as `workspace.heartbeat`). A fact states what happened,
+with the `rev` of the thing it speaks about; a reader applies only a higher rev, so that nothing depends on order
+between batches, queues or replicas. Readers ignore unknown fields; a change adds an optional field; a break is a new
+name. `tests/unit/facts.schema.json` is the snapshot that a change shows up in.
+
+A message on the bus is a batch of facts of one type: `shared/batches.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Literal, TypeVar
+from uuid import UUID
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
+from uuid_utils.compat import uuid7
+
+WorkspaceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
+"""sha256 of a string that a caller chose: the only form in which such a string is a key (4-data)."""
+Count = Annotated[int, Field(ge=0)]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Priority(StrEnum):
+    CRITICAL = "CRITICAL"
+    TASK = "TASK"
+    INFO = "INFO"
+
+
+class Part(BaseModel):
+    """A value inside a fact."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_bytes="base64", val_json_bytes="base64")
+
+
+class Fact(Part):
+    """What every fact carries."""
+
+    fact_id: UUID = Field(default_factory=uuid7)
+    """uuid7: its time says which part of the inbox remembers it."""
+    occurred_at: AwareDatetime = Field(default_factory=_now)
+    workspace_id: WorkspaceId
+    rev: Count
+    """Revision of what the fact speaks about; grows with every change of it."""
+
+    @field_validator("fact_id")
+    @classmethod
+    def _is_uuid7(cls, fact_id: UUID) -> UUID:
+        if fact_id.version != 7:  # noqa: PLR2004 - the version that carries a time
+            raise ValueError("a fact_id is a uuid7: the inbox forgets by its time")
+        return fact_id
+
+
+FactT = TypeVar("FactT", bound=Fact)
+
+_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+
+def routing_key(kind: type[Fact]) -> str:
+    """`WorkspaceHeartbeat` → `workspace.heartbeat`."""
+    return _BOUNDARY.sub(".", kind.__name__).lower()
+
+
+# ── a session, wherever it is spoken of ──────────────────────────────────────────────────────────────────────────────
+
+
+class Running(Part):
+    """A delivery or a live forward that is under way."""
+
+    session_id: str
+    key_hash: Digest | None = None
+    started_at: AwareDatetime
+
+
+class Ended(Part):
+    """A live forward that ended in the last 60 s."""
+
+    session_id: str
+    outcome: str
+    started_at: AwareDatetime
+    ended_at: AwareDatetime
+
+
+# ── proxy ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ProxyBeat(Fact):
+    """One proxy's live forwards in one workspace. `rev` numbers the beats of this proxy."""
+
+    proxy_id: str
+    forwards: Sequence[Running] = ()
+    ended: Sequence[Ended] = ()
+    gate_generation: Count = 0
+    """The youngest closing of the gate that this proxy has seen."""
+
+
+class MessageBusy(Fact):
+    """A message that must be kept. Confirmed by the broker before its caller is told 202."""
+
+    queue_id: UUID
+    caller_id: str
+    caller_hash: Digest
+    key_hash: Digest
+    body_hash: Digest
+    explicit_key: bool = False
+    """The caller sent an Idempotency-Key: it outlives the item."""
+    reason: str
+    priority: Priority = Priority.TASK
+    method: str
+    body: bytes
+    context_id: str | None = None
+    not_before: AwareDatetime | None = None
+    expires_at: AwareDatetime | None = None
+    hops: Count = 0
+    beat: ProxyBeat | None = None
+    """This proxy's own forwards in the workspace, applied before the claim (3-bus, topology)."""
+    reply_to: str | None = None
+    """Queue that ItemKept goes to."""
+
+
+class WorkspaceRegistered(Fact):
+    """An agent (or another life of it) is reachable."""
+
+    incarnation: Count
+    url: str
+    max_concurrent_tasks: Annotated[int, Field(ge=1)] = 1
+    heartbeat_interval_s: Annotated[float, Field(gt=0)] = 30.0
+    capabilities: Sequence[str] = ()
+    settings: dict[str, str | int | float | bool | None] = {}
+    agent_authorization: str | None = None
+
+
+class WorkspaceChanged(WorkspaceRegistered):
+    """The registry's newest word about a workspace, whole."""
+
+    paused: bool = False
+    desired: Literal["running", "stopped"] = "running"
+    runtime: dict[str, str] = {}
+
+
+class WorkspaceRemoved(Fact):
+    """Nobody will answer here again."""
+
+
+class WorkspaceHeartbeat(Fact):
+    """What an agent said of itself. `rev` is the receive time in µs; an older incarnation is ignored."""
+
+    incarnation: Count
+    active_tasks: Count
+    max_concurrent_tasks: Annotated[int, Field(ge=1)] | None = None
+    cadence_s: Annotated[float, Field(gt=0)] = 30.0
+    progress: float | None = None
+    uptime_s: float | None = None
+    runtime_state: str | None = None
+    acknowledged: Sequence[UUID] = ()
+
+
+class EvidenceKind(StrEnum):
+    ANSWERED = "answered"
+    BUSY = "busy"
+    REFUSED = "refused"
+    RESET = "reset"
+    TIMEOUT = "timeout"
+    SERVER_ERROR = "server_error"
+
+
+class WorkspaceEvidence(Fact):
+    """One observation about an agent's life, made by whoever talked to it."""
+
+    incarnation: Count
+    kind: EvidenceKind
+
+
+# ── queue ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ItemKept(Fact):
+    """The row is written. Told to the proxy that promised it."""
+
+    queue_id: UUID
+    depth: Count
+    position: Count
+    duplicate_of: UUID | None = None
+    conflict: bool = False
+
+
+class ItemStatus(StrEnum):
+    QUEUED = "queued"
+    DISPATCHED = "dispatched"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELED = "canceled"
+    SUPERSEDED = "superseded"
+
+
+class ItemChanged(Fact):
+    queue_id: UUID
+    status: ItemStatus
+    reason: str | None = None
+    delivery_no: Count = 0
+    position: Count | None = None
+    answer: bytes | None = None
+    """Up to 64 KiB; a larger one is asked for."""
+    answer_bytes: Count | None = None
+    superseded_by: UUID | None = None
+
+
+class DeliveryEvent(Fact):
+    """One event of an agent's stream. `seq` counts within the item; a gap is read from `a2a_events`."""
+
+    queue_id: UUID
+    delivery_no: Count
+    seq: Count
+    event: bytes
+
+
+class WorkspaceBacklog(Fact):
+    """What waits and runs in a workspace. Part `part` of `parts` of snapshot `snapshot_id`, or a change (None)."""
+
+    waiting: Count
+    in_use: Count
+    gate_generation: Count = 0
+    gate_closed: bool = False
+    not_before: AwareDatetime | None = None
+    running: Sequence[Running] = ()
+    critical_waiting_since: AwareDatetime | None = None
+    snapshot_id: UUID | None = None
+    part: Count = 0
+    parts: Count = 1
+
+
+# ── liveness ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WorkspaceStatus(Fact):
+    incarnation: Count
+    status: Literal["online", "busy", "suspect", "offline", "restarting", "wedged", "paused", "gave_up", "removed"]
+    reason: str
+
+
+# ── scheduler ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ScheduleChanged(Fact):
+    schedule_id: UUID
+    prompt: str
+    paused: bool = False
+    deleted: bool = False
+
+
+class ScheduleApplied(Fact):
+    """The queue holds this rev of the schedule."""
+
+    schedule_id: UUID
+    withdrawn: Count = 0
+
+
+class ScheduleTick(Fact):
+    """A fire. `rev` is the schedule's."""
+
+    schedule_id: UUID
+    fire_at: AwareDatetime
+    priority: Priority = Priority.TASK
+    overlap: Literal["queue_one", "queue_all", "skip"] = "queue_one"
+    context: Literal["fresh", "same"] = "fresh"
+    ceiling_s: float | None = None
+
+
+class TickSettled(Fact):
+    schedule_id: UUID
+    fire_at: AwareDatetime
+    outcome: Literal["delivered", "coalesced", "skipped", "missed", "failed", "ceiling", "canceled"]
+    reason: str | None = None
+    queue_id: UUID | None = None
+    merged_into: UUID | None = None
+
+
+class SessionChanged(Fact):
+    """A session started or ended. Only for speed: snapshots heal what is lost."""
+
+    session_id: str
+    incarnation: Count
+    state: Literal["started", "ended"]
+    at: AwareDatetime
+    reason: str | None = None
+
+
+class DirectiveKind(StrEnum):
+    CHECKPOINT = "checkpoint"
+    STOP = "stop"
+
+
+class SessionDirective(Fact):
+    directive_id: UUID
+    session_id: str
+    incarnation: Count
+    kind: DirectiveKind
+    reason: Literal["ceiling_near", "tick_waiting", "critical_waiting", "ceiling", "restart", "operator"]
+    deadline: AwareDatetime | None = None
+
+
+class SessionStop(Fact):
+    session_id: str
+    incarnation: Count
+    reason: str
+
+
+class SessionGate(Fact):
+    """Close the gate for this session, keep it closed until `gate_until`, or let the session leave it."""
+
+    session_id: str
+    incarnation: Count
+    closed: bool
+    gate_until: AwareDatetime
+
+
+class GateClosed(Fact):
+    session_id: str
+    incarnation: Count
+    generation: Count
+    in_flight: Sequence[Running] = ()
+
+
+class SessionKill(Fact):
+    session_id: str
+    incarnation: Count
+    order_id: UUID
+    container: str | None = None
+    expires_at: AwareDatetime
+
+
+class KillDone(Fact):
+    session_id: str
+    incarnation: Count
+    order_id: UUID
+    result: Literal["applied", "stale", "already_ended", "not_killable"]

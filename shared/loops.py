@@ -1,0 +1,70 @@
+"""A loop: one piece of work that is done again and again, at the moment it itself names or when it is woken.
+
+`run_once` returns the seconds until its next turn. What it raises is logged and tried again with backoff; a loop ends
+only with its service (A-S-01), and its last turn is a metric.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from prometheus_client import Counter, Gauge
+
+from shared.database import Trouble, backoff_s, classify
+from shared.telemetry import log
+
+LAST_TURN = Gauge("bide_loop_last_turn_timestamp_seconds", "When the loop last came through a turn", ["loop"])
+FAILED_TURNS = Counter("bide_loop_failed_turns_total", "Turns that raised", ["loop"])
+
+
+class Loop:
+    """`run_once` until cancelled."""
+
+    def __init__(self, name: str, run_once: Callable[[], Awaitable[float]]) -> None:
+        self.name = name
+        self._run_once = run_once
+        self._woken = asyncio.Event()
+        self._failures = 0
+        FAILED_TURNS.labels(name)
+
+    def wake(self) -> None:
+        """Take the next turn now; a wake during a turn is not lost."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        while True:
+            self._woken.clear()
+            delay_s = await self._turn()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await self._woken.wait()
+
+    async def _turn(self) -> float:
+        try:
+            delay_s = await self._run_once()
+        except Exception as error:  # noqa: BLE001 - it is logged, counted and tried again
+            FAILED_TURNS.labels(self.name).inc()
+            self._failures += 1
+            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                log.warning("loop_waits", loop=self.name, error=f"{type(error).__name__}: {error}"[:300])
+            else:
+                log.exception("loop_failed", loop=self.name)
+            return backoff_s(self._failures)
+        self._failures = 0
+        LAST_TURN.labels(self.name).set_to_current_time()
+        return delay_s
+
+
+@asynccontextmanager
+async def turning(loops: Sequence[Loop]) -> AsyncIterator[None]:
+    """Run `loops` for the length of the block."""
+    tasks = [asyncio.create_task(loop.run(), name=loop.name) for loop in loops]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

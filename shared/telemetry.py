@@ -1,0 +1,103 @@
+"""Logs, metrics and health: how a service says what it does.
+
+Log events are constant snake_case words with facts as keys; never a prompt, a body or a token. Instruments live in each
+service's `metrics.py`; here are only the ones of the shared machinery. `/livez` touches no dependency, so that a broker
+outage restarts nobody; `/readyz` makes a real round trip to each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+from shared.settings import SharedSettings
+
+Probe = Callable[[], Awaitable[None]]
+"""A round trip to one dependency; it raises when that one cannot serve."""
+
+PROBE_TIMEOUT_S = 2.0
+_PROBE_PAUSE_S = 0.5
+"""Probes of one service run at most this often: `/readyz` is open, and must not become a load."""
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("bide")
+
+FACTS_PUBLISHED = Counter("bide_facts_published_total", "Facts by what became of their publish", ["fact", "outcome"])
+BATCH_FACTS = Histogram(
+    "bide_batch_facts", "Facts in one published batch", ["fact"], buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256)
+)
+FACTS_READ = Counter("bide_facts_read_total", "Facts by what the reader did with them", ["fact", "outcome"])
+INFRASTRUCTURE_WAITS = Counter("bide_infrastructure_waits_total", "Waits for Postgres inside a handler", ["fact"])
+OUTBOX_PUBLISHED = Counter("bide_outbox_published_total", "Outbox rows whose publish was confirmed")
+OUTBOX_OLDEST = Gauge("bide_outbox_oldest_age_seconds", "Age of the oldest row that waits in the outbox")
+DEAD_LETTERS = Counter("bide_dead_letters_total", "Facts set aside", ["fact", "reason"])
+BUS_CONNECTED = Gauge("bide_bus_connected", "1 while the connection to RabbitMQ stands", ["connection"])
+
+
+def start_logging(service: str, settings: SharedSettings) -> None:
+    """Send structlog and the standard library's loggers to stderr in one form; bind `service` and `replica`."""
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer() if settings.log_format == "json" else structlog.dev.ConsoleRenderer()
+    )
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        # Added last and not through contextvars: those are cleared for every message.
+        lambda _logger, _method, event: {"service": service, "replica": settings.replica_id, **event},
+    ]
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=renderer))
+    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
+
+
+class Health:
+    """The probes of one service and what they said last. A stuck probe costs its timeout, never the service."""
+
+    def __init__(self) -> None:
+        self._probes: dict[str, Probe] = {}
+        self._started = False
+        self._lock = asyncio.Lock()
+        self._at = float("-inf")
+        self._last: dict[str, str] = {}
+
+    def add(self, name: str, probe: Probe) -> None:
+        self._probes[name] = probe
+
+    def started(self) -> None:
+        """Say that the service has migrated, declared its topology and begun to read."""
+        self._started = True
+
+    async def check(self) -> tuple[bool, dict[str, str]]:
+        """Run every probe at once: `(ready, {name: "ok" or what is wrong})`."""
+        async with self._lock:
+            if time.monotonic() - self._at >= _PROBE_PAUSE_S:
+                answers = await asyncio.gather(*(_probed(probe) for probe in self._probes.values()))
+                self._last = dict(zip(self._probes, answers, strict=True))
+                self._at = time.monotonic()
+        report = {"service": "ok" if self._started else "starting", **self._last}
+        return all(answer == "ok" for answer in report.values()), report
+
+
+async def _probed(probe: Probe) -> str:
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            await probe()
+    except TimeoutError:
+        return f"no answer within {PROBE_TIMEOUT_S:g} s"
+    except Exception as error:  # noqa: BLE001 - whatever a driver raises is the answer
+        return f"{type(error).__name__}: {error}"[:200]
+    return "ok"
