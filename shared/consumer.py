@@ -100,11 +100,20 @@ class Reader:
             arguments=arguments,
         )
 
-        async def receive(_body: bytes, message: RabbitMessage) -> None:
-            await on_message(message)
+        async def receive(message: RabbitMessage) -> None:
+            try:
+                await on_message(message)
+            except Exception:
+                # Un-acked: it comes again when the connection does. FastStream would swallow this without a word.
+                log.exception("batch_not_acknowledged")
+                raise
 
         subscriber = self.broker.subscriber(
-            queue, self._exchange, channel=Channel(prefetch_count=_PREFETCH), ack_policy=AckPolicy.MANUAL, decoder=_raw
+            queue,
+            self._exchange,
+            channel=Channel(prefetch_count=_PREFETCH),
+            ack_policy=AckPolicy.MANUAL,
+            decoder=_undecoded,
         )
         subscriber(receive)
 
@@ -140,8 +149,9 @@ class Reader:
         await message.ack()
 
 
-async def _raw(message: RabbitMessage) -> bytes:
-    return message.body
+async def _undecoded(message: RabbitMessage) -> RabbitMessage:
+    """What FastStream hands to `receive`: without its dependency injection a handler gets only the decoded value."""
+    return message
 
 
 class _Batch:

@@ -82,6 +82,6 @@ class Inbox:
                     await connection.execute(
                         f"ALTER TABLE inbox ATTACH PARTITION {name} FOR VALUES FROM ('{low}') TO ('{high}')"
                     )
-            except (asyncpg.DuplicateTableError, asyncpg.UniqueViolationError):
+            except (asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError, asyncpg.UniqueViolationError):
                 return  # Another replica made it meanwhile.
         log.info("inbox_partition_made", partition=name)

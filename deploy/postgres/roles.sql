@@ -1,6 +1,7 @@
 -- Roles and schemas: one of each per service, and nothing shared between them.
 --
--- Run once by an administrator in Bide's database (again is harmless). Passwords are not set here:
+-- Run once by an administrator in Bide's database; again is harmless. Roles belong to the whole cluster, so two runs at one
+-- moment in two databases may fail with "tuple concurrently updated": repeat it. Passwords are not set here:
 --   ALTER ROLE bide_queue PASSWORD '…';
 --
 -- The limits below are the last line of defence (I8): code has shorter ones of its own.
@@ -9,8 +10,6 @@ DO $$
 DECLARE
   service text;
 BEGIN
-  -- Roles belong to the whole cluster: two stacks that start side by side on one cluster must not race.
-  PERFORM pg_advisory_xact_lock(hashtext('bide.roles'));
   EXECUTE format('REVOKE CREATE ON DATABASE %I FROM PUBLIC', current_database());
   EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
   REVOKE ALL ON SCHEMA public FROM PUBLIC;

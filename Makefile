@@ -1,0 +1,68 @@
+# `make` prints what there is. Every target prepares what it needs; nothing is installed outside .venv and .bide.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest
+WORKERS ?= 2
+# Runs a step and says how long it took: $(STEP) name command…
+STEP = @sh -c 'b=$$(date +%s); "$$@"; r=$$?; echo "$$0  $$(( $$(date +%s) - b )) s" >&2; exit $$r'
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos bench lint types format scenarios lock fresh
+
+help: ## What there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
+
+setup: .venv/installed ## The virtual environment, pinned by hash
+.venv/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Bide needs Python 3.11 or newer; set PYTHON=")'
+	$(STEP) "virtual environment" $(PYTHON) -m venv .venv
+	$(STEP) "packages" .venv/bin/pip --disable-pip-version-check -qq install --require-hashes --no-deps -r requirements.lock
+	@touch $@
+
+run: setup ## The whole stack on this machine: real Postgres, real RabbitMQ, the four services; Ctrl-C stops it
+	@$(PY) -m deploy.local up $(ARGS)
+
+demo: setup ## The stack loses a service, RabbitMQ and Postgres, and comes back each time
+	@$(PY) -m deploy.local.demo
+
+down: setup ## End what a crashed `make run` left behind
+	@$(PY) -m deploy.local down $(ARGS)
+
+test: setup ## Every test, against real servers
+	$(STEP) "tests" $(PYTEST) -n $(WORKERS) $(ARGS) tests
+
+test-unit: setup ## Tests that need no server
+	$(STEP) "unit tests" $(PYTEST) $(ARGS) tests/unit
+
+test-integration: setup ## One service's machinery against real servers
+	$(STEP) "integration tests" $(PYTEST) -n $(WORKERS) $(ARGS) tests/integration
+
+test-e2e: setup ## The whole stack from outside
+	$(STEP) "end-to-end tests" $(PYTEST) -n $(WORKERS) $(ARGS) tests/e2e
+
+test-chaos: setup ## Servers and services that stop, die and freeze under load
+	$(STEP) "chaos tests" $(PYTEST) -n $(WORKERS) $(ARGS) tests/chaos
+
+bench: setup ## Measure, side by side in one run
+	@$(PY) -m tests.bench.bus $(ARGS)
+
+lint: setup ## Ruff with every rule that is not refused in pyproject.toml
+	$(STEP) "lint" $(PY) -m ruff check .
+	$(STEP) "format" $(PY) -m ruff format --check .
+
+types: setup ## mypy --strict
+	$(STEP) "types" $(PY) -m mypy
+
+format: setup ## Let ruff write the layout
+	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+
+scenarios: setup ## Ids of docs/scenarios.md that no test names
+	@$(PY) -m tests.scenarios
+
+lock: setup ## Resolve requirements.lock anew
+	@.venv/bin/pip -qq install uv
+	@.venv/bin/uv pip compile pyproject.toml --extra dev --universal --generate-hashes --upgrade --quiet -o requirements.lock
+
+fresh: ## Try `make run` and `make test` in a new Debian, as root and as a user (root, debootstrap; SUITE=trixie)
+	@deploy/debian/fresh.sh $(SUITE)
