@@ -89,6 +89,16 @@ def is_alive(mark: Mark) -> bool:
     return mark_of(mark.pid) == mark
 
 
+def is_stopped(mark: Mark) -> bool:
+    """Tell whether all threads of this process stand still, or it has ended: a signal to stop takes each one's time."""
+    try:
+        threads = list(Path(f"/proc/{mark.pid}/task").iterdir())
+        states = [(thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in threads]
+    except OSError:
+        return not is_alive(mark)
+    return all(state in "TtZX" for state in states)
+
+
 def family(roots: Iterable[Mark]) -> list[Mark]:
     """Return these processes, their descendants and the members of their sessions, parents first.
 

@@ -12,9 +12,10 @@ from typing import Protocol
 
 from deploy.local.errors import StackError
 from deploy.local.ledger import Ledger
-from deploy.local.process import Child, Command, end, family, kill, send
+from deploy.local.process import Child, Command, end, family, is_stopped, kill, send
 
 READY_LIMIT_S = 60.0
+PAUSE_LIMIT_S = 5.0
 """How long a server may take from its start to its first answer (warm: PostgreSQL 0.2 s, RabbitMQ 3 s)."""
 RETRY_S = 0.05
 LOG_TAIL_LINES = 15
@@ -70,9 +71,13 @@ class LocalRun:
         self._ledger.strike(marks)
 
     def pause(self) -> None:
-        """SIGSTOP the server and its children."""
-        for mark in family(child.mark for child in self._alive()):
+        """SIGSTOP the server and its children; come back when every thread of theirs stands."""
+        marks = family(child.mark for child in self._alive())
+        for mark in marks:
             send(mark, signal.SIGSTOP)
+        deadline = time.monotonic() + PAUSE_LIMIT_S
+        while not all(is_stopped(mark) for mark in marks) and time.monotonic() < deadline:
+            time.sleep(RETRY_S / 10)
 
     def resume(self) -> None:
         """SIGCONT the server and its children."""

@@ -161,7 +161,7 @@ async def test_a_deadlock_that_happens_all_the_same_is_repeated(pool: Pool) -> N
         await transact(pool, work)
 
     await asyncio.gather(cross(1, 2), cross(2, 1))
-    assert tries == 3
+    assert tries >= 3, "one of them was the victim and came again"
     assert await pool.fetchval("SELECT sum(n) FROM pair") == 4
     await pool.execute("DROP TABLE pair")
 
