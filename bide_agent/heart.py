@@ -1,0 +1,154 @@
+"""The heart of an agent: registers it, beats, and hears the directives in the replies.
+
+Nothing that Bide answers or fails to answer ends it: a beat that fails is tried again, later each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from bide_agent import client, shapes
+from bide_agent.client import Reply, UnreachableError
+from bide_agent.state import State
+
+RETRY_FIRST_S, RETRY_MAX_S = 0.1, 5.0
+DIRECTIVES_KEPT = 1000
+CAPABILITIES = ("refuses_when_busy",)
+
+log = logging.getLogger("bide_agent")
+_random = random.SystemRandom()
+
+
+class Heart:
+    """Beats on the declared cadence, and at once when `state.wake` is set (a turn ended, a behaviour changed)."""
+
+    def __init__(self, state: State, bide: str) -> None:
+        self._state = state
+        self._bide = bide.rstrip("/")
+        self._failures = 0
+        self._acknowledged: dict[str, str] = {}
+        self._heard: set[str] = set()
+        self.registered = asyncio.Event()
+        self.incarnation: int | None = None
+        self.beats = 0
+        """Beats that Bide has taken."""
+        self.directives: deque[dict[str, Any]] = deque(maxlen=DIRECTIVES_KEPT)
+
+    async def run(self) -> None:
+        """Register, then beat, until canceled."""
+        while True:
+            self._state.wake.clear()
+            try:
+                reached = await self._turn()
+            except UnreachableError as error:
+                self._say("bide_unreachable", reason=str(error))
+                reached = False
+            if reached:
+                self._failures = 0
+                await self._pause()
+            else:
+                self._failures += 1
+                await asyncio.sleep(retry_s(self._failures, self._state.options.heartbeat_s))
+
+    async def _turn(self) -> bool:
+        if not self.registered.is_set() and not await self._register():
+            return False
+        return self._state.behaviour.deaf or await self._beat()
+
+    async def _pause(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._state.options.heartbeat_s):
+                await self._state.wake.wait()
+
+    async def _register(self) -> bool:
+        state = self._state
+        reply = await self._post(
+            "/registry/register",
+            {
+                "id": state.options.workspace,
+                "url": state.url,
+                "agent_card": shapes.card(state.options.workspace, state.url),
+                "boot_id": state.boot_id,
+                "max_concurrent_tasks": state.turns.max_concurrent,
+                "heartbeat_interval_s": state.options.heartbeat_s,
+                "capabilities": list(CAPABILITIES),
+            },
+        )
+        told = reply.json()
+        if reply.status != 200:  # noqa: PLR2004 - HTTP
+            self._say("registration_refused", status=reply.status, detail=told.get("detail"))
+            return False
+        if isinstance(told.get("auth_token"), str):  # told once; afterwards the kept one goes on
+            state.tokens.keep(told["auth_token"])
+        if isinstance(told.get("delivery_token"), str):
+            state.tokens.delivery = told["delivery_token"]
+        self.incarnation = told.get("incarnation")
+        self.registered.set()
+        state.news.tell()
+        log.info("registered workspace=%s incarnation=%s url=%s", state.options.workspace, self.incarnation, state.url)
+        return True
+
+    async def _beat(self) -> bool:
+        acknowledged = dict(self._acknowledged)
+        reply = await self._post("/registry/heartbeat", self._facts(acknowledged))
+        if reply.status in {401, 404}:
+            self.registered.clear()
+        if reply.status != 200:  # noqa: PLR2004 - HTTP
+            self._say("heartbeat_refused", status=reply.status, detail=reply.json().get("detail"))
+            return False
+        for directive_id in acknowledged:
+            del self._acknowledged[directive_id]
+        self.beats += 1
+        self._hear(reply)
+        self._state.news.tell()
+        return True
+
+    def _facts(self, acknowledged: dict[str, str]) -> dict[str, Any]:
+        state = self._state
+        return {
+            "workspace_id": state.options.workspace,
+            "active_tasks": 0 if state.behaviour.always_zero else state.turns.active,
+            "boot_id": state.boot_id,
+            "max_concurrent_tasks": state.turns.max_concurrent,
+            "uptime_seconds": round(time.monotonic() - state.started_at, 3),
+            "progress": state.turns.progress,
+            "acknowledged": [{"id": one, "result": result} for one, result in acknowledged.items()],
+        }
+
+    def _hear(self, reply: Reply) -> None:
+        directives = reply.json().get("directives")
+        for directive in directives if isinstance(directives, list) else []:
+            directive_id = directive.get("id") if isinstance(directive, dict) else None
+            if not isinstance(directive_id, str):
+                continue
+            self._acknowledged[directive_id] = "noted"
+            if directive_id not in self._heard:
+                self._heard.add(directive_id)
+                self.directives.append(directive)
+                # Only for a new one: a reply that still repeats an old one would make beat follow beat.
+                self._state.wake.set()
+
+    async def _post(self, path: str, body: dict[str, Any]) -> Reply:
+        """Post with the token of the day; where it is refused and the file holds another one, once more with that."""
+        tokens = self._state.tokens
+        shown = tokens.shown
+        reply = await client.post(self._bide + path, body, token=shown)
+        if reply.status == 401 and tokens.refused(shown):  # noqa: PLR2004 - HTTP
+            reply = await client.post(self._bide + path, body, token=tokens.shown)
+        return reply
+
+    def _say(self, event: str, **facts: object) -> None:
+        told = " ".join(f"{name}={value!r}" for name, value in facts.items())
+        log.warning("%s workspace=%s %s", event, self._state.options.workspace, told)
+
+
+def retry_s(failures: int, cadence_s: float) -> float:
+    """How long to wait after so many failures in a row: doubling, with jitter, never longer than the cadence or 5 s."""
+    longest = min(RETRY_FIRST_S * 2.0 ** min(failures - 1, 10), RETRY_MAX_S, max(cadence_s, RETRY_FIRST_S))
+    return longest * (0.5 + _random.random() / 2)

@@ -1,0 +1,121 @@
+"""What an agent is doing: its turns, its own foreign work, and the number that heartbeats tell.
+
+Everything counted here is taken off in a `finally`: a count that leaks would make the agent busy for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+
+class Turn:
+    """One piece of work. It ends when its holder says so; `cancel` and `cut` only ask."""
+
+    def __init__(self, *, advances: bool = True) -> None:
+        self.advances = advances
+        self.began_at = time.monotonic()
+        self.canceled = False
+        self.was_cut = False
+        self.on_cut: Callable[[], None] | None = None
+        self._asked = asyncio.Event()
+
+    async def work(self, seconds: float) -> None:
+        """Work for so long, or until the turn is canceled or cut."""
+        if seconds <= 0:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._asked.wait()
+
+    def cancel(self) -> None:
+        self.canceled = True
+        self._asked.set()
+
+    def cut(self) -> None:
+        """The agent ends: no answer is owed any more."""
+        self.was_cut = True
+        self._asked.set()
+        if self.on_cut:
+            self.on_cut()
+
+
+class Turns:
+    """The slots of one agent. `on_fall` is called whenever fewer are taken than before."""
+
+    def __init__(self, max_concurrent: int, on_fall: Callable[[], None]) -> None:
+        self.max_concurrent = max_concurrent
+        self._on_fall = on_fall
+        self._running: set[Turn] = set()
+        self._foreign: list[Turn] = []
+        self._foreign_ends: asyncio.TimerHandle | None = None
+        self._done_s = 0.0
+        self._closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def active(self) -> int:
+        return len(self._running) + len(self._foreign)
+
+    @property
+    def full(self) -> bool:
+        return self._closed or self.active >= self.max_concurrent
+
+    @property
+    def progress(self) -> float:
+        """Seconds worked since the start: grows while work advances, and stands still in a turn that hangs."""
+        now = time.monotonic()
+        running = (now - turn.began_at for turn in (*self._running, *self._foreign) if turn.advances)
+        return round(self._done_s + sum(running), 6)
+
+    @contextmanager
+    def begin(self, *, advances: bool = True) -> Iterator[Turn]:
+        """Take a slot for the length of the block. Whether one is free is the caller's question (`full`)."""
+        turn = Turn(advances=advances)
+        self._running.add(turn)
+        self._idle.clear()
+        try:
+            yield turn
+        finally:
+            self._running.discard(turn)
+            self._finished(turn)
+            if not self._running:
+                self._idle.set()
+            self._on_fall()
+
+    def busy_for(self, seconds: float, tasks: int | None = None) -> None:
+        """Do foreign work from now on: `tasks` slots (default: all) for so long; 0 ends what there is."""
+        before = self.active
+        self._end_foreign()
+        if seconds > 0:
+            self._foreign = [Turn() for _ in range(self.max_concurrent if tasks is None else tasks)]
+            self._foreign_ends = asyncio.get_running_loop().call_later(seconds, self.busy_for, 0)
+        if self.active < before:
+            self._on_fall()
+
+    async def close(self, grace_s: float) -> None:
+        """Take nothing new, let running turns end for `grace_s`, then cut them; hung ones are cut at once."""
+        self._closed = True
+        self._end_foreign()
+        for turn in [turn for turn in self._running if not turn.advances]:
+            turn.cut()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        for turn in [*self._running]:
+            turn.cut()
+
+    def _end_foreign(self) -> None:
+        if self._foreign_ends:
+            self._foreign_ends.cancel()
+        self._foreign_ends = None
+        for turn in self._foreign:
+            self._finished(turn)
+        self._foreign = []
+
+    def _finished(self, turn: Turn) -> None:
+        if turn.advances:
+            self._done_s += time.monotonic() - turn.began_at
