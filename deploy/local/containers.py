@@ -80,14 +80,12 @@ class ContainerRun:
         """Tell whether the container runs."""
         return self._container().status in ("running", "paused")
 
-    def control(self, arguments: Sequence[str], given: str) -> None:
-        """Run rabbitmqctl in the container; the input goes through its shell, for exec has no input of its own."""
-        script = 'printf %s "$GIVEN" | rabbitmqctl "$@"'
-        code, said = self._container().exec_run(
-            ["sh", "-c", script, "rabbitmqctl", *arguments], environment={"GIVEN": given}
-        )
+    def control(self, document: str) -> None:
+        """Import definitions in the container; they go through its shell, for exec has no input of its own."""
+        script = 'printf %s "$GIVEN" >/tmp/definitions.json && rabbitmqctl import_definitions /tmp/definitions.json'
+        code, said = self._container().exec_run(["sh", "-c", script], environment={"GIVEN": document})
         if code != 0:
-            raise StackError(f"rabbitmqctl {arguments[0]} failed ({code}): {said.decode(errors='replace')}")
+            raise StackError(f"rabbitmqctl import_definitions failed ({code}): {said.decode(errors='replace')}")
 
     def wait_until_ready(self) -> None:
         """Return when the probe no longer raises OSError; StackError with the log's end when that does not come."""

@@ -1,0 +1,53 @@
+"""Start a stack of its own, tell the stories one after the other, stop it. Exit 1: a story did not end as it should."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.demo import storm
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Where the demo's proxy is, and the token that may do everything."""
+
+    proxy: str
+    admin_token: str
+
+
+def main() -> int:
+    with stack() as running:
+        return 0 if asyncio.run(storm.tell(running.proxy, running.admin_token)) else 1
+
+
+@contextmanager
+def stack() -> Iterator[Stack]:
+    """A real stack in a throw-away folder, for as long as the block runs."""
+    with tempfile.TemporaryDirectory(prefix="bide-demo-", ignore_cleanup_errors=True) as folder:
+        data_dir = str(Path(folder) / "stack")
+        command = [sys.executable, "-m", "deploy.local", "up", "--json", "--no-demo", "--data-dir", data_dir]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line:
+                sys.exit(process.wait() or 1)  # it has said why
+            ready = json.loads(line)
+            yield Stack(ready["proxy"], ready["admin_token"])
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            process.stdout.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
