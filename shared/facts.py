@@ -137,14 +137,13 @@ class WorkspaceRegistered(Fact):
     capabilities: Sequence[str] = ()
     settings: dict[str, str | int | float | bool | None] = {}
     agent_authorization: str | None = None
-
-
-class WorkspaceChanged(WorkspaceRegistered):
-    """The registry's newest word about a workspace, whole."""
-
     paused: bool = False
     desired: Literal["running", "stopped"] = "running"
     runtime: dict[str, str] = {}
+
+
+class WorkspaceChanged(WorkspaceRegistered):
+    """The registry's newest word about a workspace. Both are whole, so that whichever has the higher rev says it all."""
 
 
 class WorkspaceRemoved(Fact):
@@ -224,8 +223,8 @@ class DeliveryEvent(Fact):
     event: bytes
 
 
-class WorkspaceBacklog(Fact):
-    """What waits and runs in a workspace. Part `part` of `parts` of snapshot `snapshot_id`, or a change (None)."""
+class Backlog(Part):
+    """What waits and runs in a workspace, at revision `rev` of it."""
 
     waiting: Count
     in_use: Count
@@ -234,9 +233,59 @@ class WorkspaceBacklog(Fact):
     not_before: AwareDatetime | None = None
     running: Sequence[Running] = ()
     critical_waiting_since: AwareDatetime | None = None
-    snapshot_id: UUID | None = None
-    part: Count = 0
-    parts: Count = 1
+
+
+class WorkspaceBacklog(Backlog, Fact):
+    """The backlog of one workspace has changed."""
+
+
+class NamedBacklog(Backlog):
+    workspace_id: WorkspaceId
+    rev: Count
+
+
+FLEET = "-"
+"""The `workspace_id` of a fact that speaks of all of them."""
+
+
+class BacklogSnapshot(Fact):
+    """Part `part` (from 0) of `parts` of all backlogs: a workspace that no part names has nothing waiting or running.
+
+    `occurred_at` is when it was read; `rev` counts the snapshots of this replica of queue.
+    """
+
+    workspace_id: WorkspaceId = FLEET
+    snapshot_id: UUID
+    part: Count
+    parts: Annotated[int, Field(ge=1)]
+    backlogs: Sequence[NamedBacklog] = ()
+
+
+class QueueQuery(Fact):
+    """A question or a command for the queue service; answered with QueryAnswered to `reply_to`.
+
+    A command (`cancel`) answers after its commit, may be sent again, and is refused after `expires_at`.
+    """
+
+    query_id: UUID
+    verb: Literal["item", "list", "cancel", "answer"]
+    queue_id: UUID | None = None
+    caller_hash: Digest | None = None
+    """Only items of this caller; None: an operator, who sees all."""
+    status: str | None = None
+    priority: Priority | None = None
+    cursor: str | None = None
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
+    expires_at: AwareDatetime
+    reply_to: str
+
+
+class QueryAnswered(Fact):
+    """The answer: `status` as HTTP has it (200, 404, 409), `body` a JSON object as 2-http shapes it."""
+
+    query_id: UUID
+    status: int
+    body: bytes
 
 
 # ── liveness ─────────────────────────────────────────────────────────────────────────────────────────────────────────

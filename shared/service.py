@@ -21,7 +21,7 @@ import uvloop
 from shared.broker import Publisher, open_publisher
 from shared.consumer import Reader
 from shared.database import Pool, open_pool, probe
-from shared.http import health_app, serving
+from shared.http import App, health_app, serving
 from shared.inbox import Inbox
 from shared.loops import Loop, turning
 from shared.migrate import SHARED_MIGRATIONS, migrate, read_migrations
@@ -50,14 +50,17 @@ class Service:
 
 
 @asynccontextmanager
-async def running(name: str, settings: SharedSettings, migrations: Path) -> AsyncIterator[Service]:
+async def running(
+    name: str, settings: SharedSettings, migrations: Path, *, app: Callable[[Health], App] = health_app
+) -> AsyncIterator[Service]:
     """Bring up, in order, what each service has; take it down in the opposite one.
 
-    The block registers its handlers on `service.reader` and then awaits `service.serve()`.
+    The block registers its handlers on `service.reader` and then awaits `service.serve()`. `app` makes the HTTP face of a
+    service that has more than health.
     """
     health = Health()
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(serving(health_app(health), settings))
+        await stack.enter_async_context(serving(app(health), settings))
         pool = await stack.enter_async_context(open_pool(settings))
         health.add("postgres", partial(probe, pool))
         await migrate(pool, [*read_migrations("shared", SHARED_MIGRATIONS), *read_migrations(name, migrations)])

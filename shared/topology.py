@@ -16,6 +16,7 @@ from aio_pika import ExchangeType
 from aio_pika.abc import AbstractChannel
 
 from shared.facts import (
+    BacklogSnapshot,
     DeliveryEvent,
     Fact,
     GateClosed,
@@ -24,6 +25,8 @@ from shared.facts import (
     KillDone,
     MessageBusy,
     ProxyBeat,
+    QueryAnswered,
+    QueueQuery,
     ScheduleApplied,
     ScheduleChanged,
     ScheduleTick,
@@ -114,6 +117,9 @@ class Route:
 def _routes() -> Iterator[Route]:
     quorum, perishable, replica = Kind.QUORUM, Kind.PERISHABLE, Kind.REPLICA
     yield Route(MessageBusy, "queue", quorum, bytes_max=_KEPT_BYTES_MAX)
+    yield Route(ItemKept, "proxy", replica)
+    yield Route(QueueQuery, "queue", perishable)
+    yield Route(QueryAnswered, "proxy", replica)
     yield Route(ItemChanged, "proxy", replica)
     yield Route(ItemChanged, "scheduler", quorum)
     yield Route(DeliveryEvent, "proxy", replica)
@@ -126,11 +132,14 @@ def _routes() -> Iterator[Route]:
         for reader in ("queue", "scheduler", "liveness"):
             yield Route(beat, reader, perishable)
     yield Route(WorkspaceBacklog, "proxy", replica)
+    yield Route(BacklogSnapshot, "proxy", replica)
+    yield Route(BacklogSnapshot, "scheduler", perishable)
     yield Route(WorkspaceBacklog, "scheduler", perishable)
     yield Route(WorkspaceEvidence, "liveness", quorum)
     yield Route(WorkspaceStatus, "proxy", replica)
     for reader in ("queue", "scheduler"):
         yield Route(WorkspaceStatus, reader, quorum)
+    yield Route(ScheduleApplied, "scheduler", replica)
     yield Route(ScheduleTick, "queue", quorum)
     yield Route(ScheduleChanged, "queue", quorum)
     yield Route(TickSettled, "scheduler", quorum)
@@ -147,10 +156,13 @@ def _routes() -> Iterator[Route]:
     yield Route(KillDone, "proxy", replica)
 
 
-ROUTES: tuple[Route, ...] = tuple(_routes())
+_TO_COME = {"scheduler", "liveness", "proxy.session.control"}
+"""Readers that do not read yet: a durable queue that nobody reads would fill the disk."""
 
-REPLIES: frozenset[type[Fact]] = frozenset({ItemKept, ScheduleApplied})
-"""Sent to the queue that the asker named; whoever asked may be gone, so they are never mandatory."""
+ROUTES: tuple[Route, ...] = tuple(candidate for candidate in _routes() if candidate.reader not in _TO_COME)
+
+REPLIES: frozenset[type[Fact]] = frozenset({ItemKept, QueryAnswered, ScheduleApplied})
+"""Sent to the asker's own queue (`reply_to`), not to the exchange; it may be gone, so they are never mandatory."""
 
 
 def route(fact: type[Fact], reader: str) -> Route:
