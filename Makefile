@@ -23,8 +23,8 @@ setup: .venv/installed ## The virtual environment, pinned by hash
 run: setup ## The whole stack on this machine: real Postgres, real RabbitMQ, the four services; Ctrl-C stops it
 	@$(PY) -m deploy.local up $(ARGS)
 
-demo: setup ## The stack loses a service, RabbitMQ and Postgres, and comes back each time
-	@$(PY) -m deploy.local.demo
+demo: setup ## A lead delegates to busy workers, with Bide and without: what is kept, what is lost
+	@$(PY) -m deploy.demo
 
 down: setup ## End what a crashed `make run` left behind
 	@$(PY) -m deploy.local down $(ARGS)

@@ -5,7 +5,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from services.queue.answers import Answers
+from services.queue.drain import Drain
+from services.queue.handlers import Handlers
+from services.queue.loops import Loops
 from services.queue.settings import Settings
+from shared.addresses import AddressRules
+from shared.agents import Agents
+from shared.facts import (
+    MessageBusy,
+    ProxyBeat,
+    QueueQuery,
+    WorkspaceChanged,
+    WorkspaceHeartbeat,
+    WorkspaceRegistered,
+    WorkspaceRemoved,
+)
+from shared.loops import turning
 from shared.service import running, start
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -13,7 +29,29 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 async def main(settings: Settings) -> None:
     async with running("queue", settings, MIGRATIONS) as service:
-        await service.serve()
+        agents = Agents(AddressRules(allow_loopback=settings.allow_loopback))
+        drain = Drain(settings, service.pool, service.publisher, agents, told=service.relay.wake)
+        handlers = Handlers(settings, service.publisher, drain)
+        answers = Answers(service.publisher, drain)
+        loops = Loops(settings, service.pool, service.publisher, drain)
+        service.reader.store(MessageBusy, handlers.message_busy)
+        service.reader.store(WorkspaceHeartbeat, handlers.heartbeats)
+        service.reader.store(ProxyBeat, handlers.proxy_beats)
+        service.reader.store(WorkspaceRegistered, handlers.registered)
+        service.reader.store(WorkspaceChanged, handlers.registered)
+        service.reader.store(WorkspaceRemoved, handlers.removed)
+        service.reader.store(QueueQuery, answers.query)
+        await loops.beat()  # a delivery of ours must never stand without an owner that beats
+        try:
+            async with turning([drain.loop, *loops.all()]):
+                try:
+                    await service.serve()
+                finally:
+                    await service.reader.stop()
+                    await drain.stop(settings.drain_s)
+        finally:
+            await loops.leave()
+            await agents.close()
 
 
 if __name__ == "__main__":

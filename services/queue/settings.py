@@ -2,8 +2,37 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from shared.settings import SharedSettings
 
 
 class Settings(SharedSettings):
     """Settings of queue; a field `lease_s` here is `BIDE_QUEUE_LEASE_S`."""
+
+    deliveries_max: int = Field(default=500, ge=1)
+    """Deliveries of one replica at once; beyond it nothing more is claimed here."""
+    attempts_max: int = Field(default=5, ge=1)
+    deaths_max: int = Field(default=3, ge=1)
+    """Deliveries that the agent did not survive, after which a message is poison."""
+    sweep_s: float = Field(default=5.0, gt=0)
+    """How often workspaces that wait are looked at without a reason, and expired items end."""
+    snapshot_s: float = Field(default=5.0, gt=0)
+    owner_beat_s: float = Field(default=5.0, gt=0)
+    owner_silent_s: float = Field(default=20.0, gt=0)
+    """A replica that has not beaten for this long, by the database's clock, has lost its deliveries."""
+    reread_s: float = Field(default=1.0, gt=0)
+    """How often an owner re-reads its own deliveries for a cancel, a stop, or a fence."""
+    forward_idle_s: float = Field(default=300.0, gt=0)
+    """A turn without a byte and without a beat of its agent is cut after this."""
+    forward_max_s: float = Field(default=86400.0, gt=0)
+    """The longest turn where no ceiling bounds it."""
+    follow_min_s: float = Field(default=1.0, gt=0)
+    follow_max_s: float = Field(default=15.0, gt=0)
+    """An accepted Task is asked for between these, ever less often."""
+    busy_base_s: float = Field(default=1.0, gt=0)
+    busy_cap_s: float = Field(default=60.0, gt=0)
+    """A busy workspace is closed for a random part of base doubling to cap; a beat with capacity opens it."""
+    answer_bytes_max: int = Field(default=8 << 20, ge=1)
+    idempotency_keep_s: float = Field(default=7 * 86400.0, gt=0)
+    """How long an explicit Idempotency-Key answers with what it once gave."""

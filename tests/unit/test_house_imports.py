@@ -16,16 +16,19 @@ SERVICES = ("proxy", "queue", "scheduler", "liveness")
 # Room of a service → the rooms of the same service that it may import. __main__ may import all of them.
 ROOMS: dict[str, set[str]] = {
     "settings": set(),
-    "metrics": set(),
+    "metrics": {"decide"},
     "decide": set(),
     "cron": set(),
     "store": {"decide"},
-    "forward": {"decide", "metrics", "settings"},
+    "forward": {"decide", "metrics", "settings", "copies"},
     "deliver": {"decide", "metrics", "settings"},
     "drivers": {"decide", "metrics", "settings"},
-    "handlers": {"store", "decide", "metrics", "settings"},
-    "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers"},
-    "api": {"store", "forward", "decide", "metrics", "settings"},
+    "drain": {"store", "decide", "deliver", "metrics", "settings"},
+    "copies": {"decide", "metrics", "settings"},
+    "handlers": {"store", "decide", "metrics", "settings", "drain", "copies"},
+    "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "copies"},
+    "answers": {"store", "decide", "drain", "loops"},
+    "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }
 
 
@@ -57,14 +60,15 @@ def refusal(module: str, imported: str) -> str | None:
     if top in {"bide_agent", "bide_cli"}:
         return None if target == top else f"{top} talks HTTP and imports nothing else of Bide"
     if top == "deploy":
-        return None if target in {"deploy", "shared"} else "deploy starts services as processes"
+        allowed = {"deploy", "shared", "bide_agent"}  # the demo's agents are real ones
+        return None if target in allowed else "deploy starts services as processes"
     return _inside_service(module, imported)
 
 
 def _inside_service(module: str, imported: str) -> str | None:
     if imported.startswith("shared."):
-        pure = module.endswith(".decide") and not imported.startswith("shared.facts.")
-        return "decide is pure: the standard library and shared.facts" if pure else None
+        impure = module.endswith(".decide") and not imported.startswith(("shared.facts.", "shared.capacity."))
+        return "decide is pure: the standard library, shared.facts and shared.capacity" if impure else None
     service, room = [*module.split("."), "", ""][1:3]
     parts = [*imported.split("."), "", ""][1:3]
     if imported.split(".", maxsplit=1)[0] != "services" or parts[0] != service:

@@ -1,0 +1,343 @@
+"""The policies of the queue: what may be delivered, and what becomes of an item once its delivery has ended.
+
+Values in, values out: no clock, no I/O. Times are seconds since 1970. The tables: tests/unit/test_queue_decide.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Literal
+from uuid import UUID
+
+from shared.capacity import FORWARDS_FRESH_S, Beat, counts_as_ended, in_use
+from shared.facts import ItemStatus
+
+_KEPT_ENDS_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Forwards:
+    """One proxy's live forwards in a workspace, from its last beat."""
+
+    rev: int
+    at: float
+    running: tuple[tuple[str, str, float], ...] = ()
+    """(session, hex of the key's hash, started)"""
+    ended: tuple[tuple[float, float, bool], ...] = ()
+    """(started, ended, whether it counts as answered)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The queue's row of a workspace, under its lock."""
+
+    workspace_id: str
+    registry_rev: int = 0
+    url: str | None = None
+    agent_authorization: str | None = None
+    max_concurrent: int = 1
+    at_most_once: bool = False
+    give_up_after_s: float = 86400.0
+    ceiling_s: float = 1800.0
+    paused: bool = False
+    removed: bool = False
+    incarnation: int = 0
+    beat_rev: int = 0
+    beat_at: float | None = None
+    beat_active: int = 0
+    beat_cadence_s: float = 30.0
+    waiting: int = 0
+    running: int = 0
+    started_since: int = 0
+    ended_since: int = 0
+    recent_ended: tuple[float, ...] = ()
+    forwards: Mapping[str, Forwards] = field(default_factory=dict)
+    not_before: float | None = None
+    busy_streak: int = 0
+    rev: int = 0
+
+
+class Closed(Enum):
+    """Why a workspace takes no delivery at all, whatever its capacity."""
+
+    REMOVED = "removed"
+    PAUSED = "paused"
+    NO_URL = "no_url"
+    BUSY = "busy"
+
+
+def closed(workspace: Workspace, now: float) -> Closed | None:
+    """Say why nothing is delivered; None: the capacity decides."""
+    if workspace.removed:
+        return Closed.REMOVED
+    if workspace.paused:
+        return Closed.PAUSED
+    if workspace.url is None:
+        return Closed.NO_URL
+    if workspace.not_before is not None and workspace.not_before > now:
+        return Closed.BUSY
+    return None
+
+
+def taken(workspace: Workspace, now: float) -> int:
+    """Tasks the agent has in hand: its own count, our deliveries, the live forwards of living proxies."""
+    beat_at = workspace.beat_at if workspace.beat_at is not None else float("-inf")
+    running, started, ended = workspace.running, workspace.started_since, workspace.ended_since
+    for proxy in workspace.forwards.values():
+        if now - proxy.at >= FORWARDS_FRESH_S:
+            continue
+        running += len(proxy.running)
+        started += sum(begun > beat_at for _, _, begun in proxy.running)
+        answered = [(begun, end) for begun, end, counts in proxy.ended if counts]
+        started += sum(begun > beat_at for begun, _ in answered)
+        ended += sum(counts_as_ended(end, beat_at) for _, end in answered)
+    beat = None
+    if workspace.beat_at is not None:
+        beat = Beat(workspace.beat_active, workspace.beat_at, workspace.beat_cadence_s)
+    return in_use(now=now, beat=beat, running=running, started_since=started, ended_since=ended)
+
+
+def spare(workspace: Workspace, now: float) -> int:
+    """How many items may be delivered now."""
+    if closed(workspace, now) is not None:
+        return 0
+    return max(0, min(workspace.max_concurrent - taken(workspace, now), workspace.waiting))
+
+
+# ── what changes a workspace ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hear_beat(
+    workspace: Workspace, *, rev: int, at: float, active: int, cadence_s: float, incarnation: int, maximum: int | None
+) -> Workspace:
+    """Apply a heartbeat; an older one, or one of an older incarnation, changes nothing."""
+    if incarnation < workspace.incarnation or rev <= workspace.beat_rev:
+        return workspace
+    recent = tuple(end for end in workspace.recent_ended if counts_as_ended(end, at))
+    heard = replace(
+        workspace,
+        incarnation=incarnation,
+        beat_rev=rev,
+        beat_at=at,
+        beat_active=active,
+        beat_cadence_s=cadence_s,
+        max_concurrent=maximum or workspace.max_concurrent,
+        started_since=0,
+        ended_since=len(recent),
+        recent_ended=recent,
+        rev=workspace.rev + 1,
+    )
+    # A beat that shows room opens a workspace that answered busy.
+    return replace(heard, not_before=None, busy_streak=0) if active < heard.max_concurrent else heard
+
+
+def hear_forwards(workspace: Workspace, proxy_id: str, forwards: Forwards) -> Workspace:
+    """Apply a proxy's beat; an older one changes nothing. Proxies long silent are forgotten."""
+    known = workspace.forwards.get(proxy_id)
+    if known is not None and forwards.rev <= known.rev:
+        return workspace
+    living = {name: each for name, each in workspace.forwards.items() if forwards.at - each.at < 4 * FORWARDS_FRESH_S}
+    living.pop(proxy_id, None)
+    if forwards.running or forwards.ended:
+        living[proxy_id] = forwards
+    return replace(workspace, forwards=living, rev=workspace.rev + 1)
+
+
+def begin(workspace: Workspace, items: int) -> Workspace:
+    """Account for `items` that were claimed."""
+    return replace(
+        workspace,
+        waiting=workspace.waiting - items,
+        running=workspace.running + items,
+        started_since=workspace.started_since + items,
+        rev=workspace.rev + 1,
+    )
+
+
+class Ending(Enum):
+    """How a delivery that has ended counts against the agent's capacity."""
+
+    ANSWERED = "answered"
+    NEITHER = "neither"
+    """Busy, not delivered: as if it had not begun."""
+    UNKNOWN = "unknown"
+    """It may still run there: begun, and not ended."""
+
+
+def end(workspace: Workspace, ending: Ending, *, begun_at: float, now: float, requeued: bool) -> Workspace:
+    """Account for one delivery that has ended."""
+    after_beat = workspace.beat_at is None or begun_at > workspace.beat_at
+    ended = replace(
+        workspace,
+        running=workspace.running - 1,
+        waiting=workspace.waiting + requeued,
+        rev=workspace.rev + 1,
+    )
+    match ending:
+        case Ending.ANSWERED:
+            newest = max(1, min(_KEPT_ENDS_MAX, ended.max_concurrent))
+            return replace(ended, ended_since=ended.ended_since + 1, recent_ended=(*ended.recent_ended, now)[-newest:])
+        case Ending.NEITHER:
+            return replace(ended, started_since=ended.started_since - 1) if after_beat else ended
+        case Ending.UNKNOWN:
+            return ended
+
+
+# ── what becomes of an item ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A claimed item, as its owner holds it."""
+
+    queue_id: UUID
+    workspace_id: str
+    delivery_no: int
+    method: str
+    body: bytes
+    attempts: int
+    deaths: int
+    dispatched_at: float
+    hops: int
+    agent_task_id: str | None
+    cancel_requested: bool
+    url: str
+    agent_authorization: str | None
+    at_most_once: bool
+    ceiling_s: float
+    rev: int
+
+
+Reply = Literal[
+    "delivered",
+    "busy",
+    "not_delivered",
+    "preempted",
+    "failed_attempt",
+    "refused",
+    "unknown",
+    "answer_lost",
+    "answer_too_large",
+    "owner_died",
+    "written_back",
+]
+"""What came back (policies §2, without `accepted`, which is followed), or what became of the owner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The item ends here."""
+
+    status: ItemStatus
+    reason: str | None
+    ending: Ending
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """The same row, the same rank, again."""
+
+    reason: str
+    ending: Ending
+    attempts: int = 0
+    deaths: int = 0
+    row_wait: bool = False
+    """It waits out a failed attempt of its own."""
+    closes: bool = False
+    """The workspace is closed for a while."""
+
+
+Fate = Finish | Requeue
+
+
+def fate(
+    reply: Reply,
+    *,
+    attempts: int,
+    deaths: int,
+    at_most_once: bool,
+    cancel_requested: bool,
+    attempts_max: int = 5,
+    deaths_max: int = 3,
+) -> Fate:
+    """Say what becomes of an item whose delivery came back as `reply` (the table of policies §2 and §3).
+
+    `attempts` and `deaths` are those before this delivery.
+    """
+    decided = _fate(reply, attempts, deaths, at_most_once=at_most_once, limits=(attempts_max, deaths_max))
+    if isinstance(decided, Requeue) and cancel_requested:
+        # A row that would return to the queue with a cancel on it ends instead.
+        return Finish(ItemStatus.CANCELED, "canceled", decided.ending)
+    return decided
+
+
+_FATES: Mapping[Reply, Fate] = {
+    "delivered": Finish(ItemStatus.COMPLETED, None, Ending.ANSWERED),
+    "answer_lost": Finish(ItemStatus.COMPLETED, "answer_lost", Ending.ANSWERED),
+    "answer_too_large": Finish(ItemStatus.COMPLETED, "answer_too_large", Ending.ANSWERED),
+    "refused": Finish(ItemStatus.FAILED, "refused", Ending.ANSWERED),
+    "busy": Requeue("busy", Ending.NEITHER, closes=True),
+    "not_delivered": Requeue("not_delivered", Ending.NEITHER, closes=True),
+    "preempted": Requeue("preempted", Ending.ANSWERED),
+    "written_back": Requeue("written_back", Ending.UNKNOWN),
+    "failed_attempt": Requeue("failed_attempt", Ending.ANSWERED, attempts=1, row_wait=True),
+    "unknown": Requeue("unknown", Ending.UNKNOWN, attempts=1, deaths=1, row_wait=True),
+    "owner_died": Requeue("owner_died", Ending.UNKNOWN, attempts=1),
+}
+
+
+def _fate(reply: Reply, attempts: int, deaths: int, *, at_most_once: bool, limits: tuple[int, int]) -> Fate:
+    attempts_max, deaths_max = limits
+    decided = _FATES[reply]
+    if isinstance(decided, Finish):
+        return decided
+    if at_most_once and reply in {"unknown", "owner_died"}:
+        return Finish(ItemStatus.FAILED, "delivery_unknown", decided.ending)
+    if decided.deaths and deaths + decided.deaths >= deaths_max:
+        return Finish(ItemStatus.FAILED, "poison", decided.ending)
+    # The death of our own replica says nothing about the message: it never fails one.
+    if decided.row_wait and attempts + decided.attempts >= attempts_max:
+        return Finish(ItemStatus.FAILED, "attempts", decided.ending)
+    return decided
+
+
+def busy_wait_s(streak: int, *, retry_after_s: float | None, base_s: float, cap_s: float, jitter: float) -> float:
+    """How long a workspace stays closed: what it asked for, else full jitter over base doubling to cap.
+
+    `jitter` is a random number from 0 to 1; `streak` counts the busy answers in a row from 0.
+    """
+    if retry_after_s is not None:
+        return min(retry_after_s, cap_s)
+    return max(0.05, jitter * min(cap_s, base_s * float(2 ** min(streak, 20))))
+
+
+# ── what a person is told ────────────────────────────────────────────────────────────────────────────────────────────
+
+_WORDS = {
+    Closed.REMOVED: "the workspace was removed",
+    Closed.PAUSED: "the workspace is paused",
+    Closed.NO_URL: "its agent has not registered yet",
+    Closed.BUSY: "its agent said it is busy",
+}
+
+
+def why(workspace: Workspace, position: int, now: float) -> str:
+    """Say in one sentence why an item waits."""
+    reason = closed(workspace, now)
+    place = "next in line" if position <= 1 else f"{position}{_ordinal(position)} in line"
+    if reason is not None:
+        return f"{place}: {_WORDS[reason]}"
+    return f"{place}: its agent is at {taken(workspace, now)}/{workspace.max_concurrent}"
+
+
+def _ordinal(number: int) -> str:
+    if 10 <= number % 100 <= 20:  # noqa: PLR2004 - 11th, 12th, 13th
+        return "th"
+    return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+
+
+def ranks(queue_ids: Sequence[UUID]) -> list[int]:
+    """The rank of TASK messages: the millisecond in the uuid7, so that first in is first out."""
+    return [queue_id.int >> 80 for queue_id in queue_ids]

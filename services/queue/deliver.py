@@ -1,0 +1,188 @@
+"""One delivery: hand an item to its agent, follow what it accepted, and say what came back.
+
+Nothing here writes: whatever happens ends as an `Ending` that the drain settles. Bytes that may have left are never
+sent twice by this file; sending again is the queue's decision, under the same X-Queue-Id and a higher X-Bide-Delivery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from services.queue.decide import Item, Reply
+from services.queue.settings import Settings
+from shared.a2a import Envelope, Verb, parse
+from shared.agents import AgentError, Agents, Limits
+from shared.facts import EvidenceKind
+from shared.replies import Answer, Outcome, Verdict, classify
+from shared.results import read_result
+from shared.telemetry import log
+
+CEILING_SLACK_S = 120 + 30 + 60
+"""Grace of the checkpoint, grace of the stop, and a sweep: what a turn may outlast its ceiling by."""
+CANCEL_TIMEOUT_S = 10.0
+_NO_SUCH_TASK = -32001
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What a delivery came to."""
+
+    item: Item
+    reply: Reply
+    answer: bytes | None = None
+    error: str | None = None
+    retry_after_s: float | None = None
+    evidence: EvidenceKind | None = None
+
+
+_REPLIES: dict[Outcome, Reply] = {
+    Outcome.DELIVERED: "delivered",
+    Outcome.BUSY: "busy",
+    Outcome.NOT_DELIVERED: "not_delivered",
+    Outcome.PREEMPTED: "preempted",
+    Outcome.FAILED_ATTEMPT: "failed_attempt",
+    Outcome.REFUSED: "refused",
+    Outcome.UNKNOWN: "unknown",
+    Outcome.ANSWER_LOST: "answer_lost",
+    Outcome.ANSWER_TOO_LARGE: "answer_too_large",
+}
+
+TaskKnown = Callable[[Item, str], Awaitable[None]]
+"""Told the agent's own task id as soon as it is known."""
+
+
+class Delivery:
+    """One item on its way. `run` comes back with its ending; `cancel` asks the agent to stop."""
+
+    def __init__(self, agents: Agents, settings: Settings, item: Item, *, last_life: Callable[[], float]) -> None:
+        self.item = item
+        self._agents = agents
+        self._settings = settings
+        self._last_life = last_life
+        self._task_id = item.agent_task_id
+        self._cancel_asked = item.cancel_requested
+        self._cancel_sent = False
+        self._envelope = parse(item.body)
+
+    async def run(self, task_known: TaskKnown) -> Ending:
+        """Deliver; an accepted Task is followed to its end, within the ceiling."""
+        if self._task_id is not None:
+            followed = await self._follow(self._task_id)
+            if followed is not None:
+                return followed
+            self._task_id = None
+        verdict, answer = await self._call(_unary(self._envelope))
+        if verdict.outcome is not Outcome.ACCEPTED or verdict.agent_task_id is None:
+            return self._ending(verdict, answer)
+        self._task_id = verdict.agent_task_id
+        await task_known(self.item, self._task_id)
+        return await self._follow(self._task_id) or Ending(
+            self.item, "unknown", error="the agent no longer has the task"
+        )
+
+    def ask_cancel(self) -> None:
+        """Remember that somebody wants it canceled; the agent is told when its task id is known."""
+        self._cancel_asked = True
+
+    @property
+    def task_id(self) -> str | None:
+        return self._task_id
+
+    def _ending(self, verdict: Verdict, answer: bytes | None) -> Ending:
+        # A Task that was accepted without an id cannot be followed.
+        reply = _REPLIES.get(verdict.outcome, "unknown")
+        kept = answer if reply in {"delivered", "refused", "failed_attempt"} else None
+        error = None if reply == "delivered" else verdict.text
+        return Ending(self.item, reply, kept, error, verdict.retry_after_s, verdict.evidence)
+
+    async def _follow(self, task_id: str) -> Ending | None:
+        """Ask for the task until it has ended; None: the agent does not know it. A failed poll says nothing."""
+        pause_s = self._settings.follow_min_s
+        deadline = self.item.dispatched_at + self._longest_s()
+        while time.time() < deadline:
+            if self._cancel_asked and not self._cancel_sent:
+                await self._send_cancel(task_id)
+            verdict, answer = await self._call(_about(self._envelope, "get", task_id))
+            if verdict.outcome is Outcome.DELIVERED:
+                return self._ending(verdict, answer)
+            if answer is not None and read_result(answer).error_code == _NO_SUCH_TASK:
+                return None
+            await asyncio.sleep(pause_s)  # the agent's own pace; the interval is a setting
+            pause_s = min(self._settings.follow_max_s, pause_s * 1.5)
+        return Ending(self.item, "unknown", error="the task did not end within the longest turn")
+
+    async def _send_cancel(self, task_id: str) -> None:
+        self._cancel_sent = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CANCEL_TIMEOUT_S):
+                verdict, _ = await self._call(_about(self._envelope, "cancel", task_id))
+                log.info("cancel_forwarded", queue_id=str(self.item.queue_id), outcome=verdict.outcome.value)
+
+    async def _call(self, body: bytes) -> tuple[Verdict, bytes | None]:
+        """One request to the agent: what it means, and the answer's bytes."""
+        limits = Limits(idle_timeout_s=self._settings.forward_idle_s, total_timeout_s=self._longest_s())
+        try:
+            exchange = await self._agents.send(
+                self.item.url,
+                body,
+                self._headers(),
+                limits=limits,
+                last_life=self._last_life,
+                fresh=self.item.at_most_once,
+            )
+            async with exchange:
+                answer = await exchange.read(self._settings.answer_bytes_max)
+        except AgentError as error:
+            return classify(error.outcome, now=datetime.now(UTC)), None
+        return classify(Answer(exchange.status, exchange.headers, answer), now=datetime.now(UTC)), answer
+
+    def _longest_s(self) -> float:
+        ceiling_s = self.item.ceiling_s
+        return ceiling_s + CEILING_SLACK_S if ceiling_s else self._settings.forward_max_s
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        item = self.item
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"x-queue-id", str(item.queue_id).encode()),
+            (b"x-bide-delivery", str(item.delivery_no).encode()),
+            (b"x-bide-session", f"{item.queue_id}:{item.delivery_no}".encode()),
+            (b"x-bide-hops", str(item.hops + 1).encode()),
+        ]
+        if "/" not in self._envelope.method:  # the 1.0 dialect
+            headers.append((b"a2a-version", b"1.0"))
+        authorization = item.agent_authorization or _delivery_token(self._settings, item.workspace_id)
+        if authorization:
+            headers.append((b"authorization", authorization.encode()))
+        return headers
+
+
+def _delivery_token(settings: Settings, workspace_id: str) -> str | None:
+    if settings.delivery_secret is None:
+        return None
+    secret = settings.delivery_secret.get_secret_value().encode()
+    return f"Bearer {hmac.new(secret, workspace_id.encode(), hashlib.sha256).hexdigest()}"
+
+
+def _unary(envelope: Envelope) -> bytes:
+    """The body; a kept stream is delivered as a plain send, for nobody listens to its events."""
+    if envelope.verb is not Verb.STREAM:
+        return envelope.body
+    plain = "message/send" if "/" in envelope.method else "SendMessage"
+    return envelope.with_values({"method": plain})
+
+
+def _about(envelope: Envelope, verb: str, task_id: str) -> bytes:
+    """A request about the agent's task, under the id of the caller's request: the answer is his as it comes."""
+    names = {"get": ("tasks/get", "GetTask"), "cancel": ("tasks/cancel", "CancelTask")}[verb]
+    method = names["/" not in envelope.method]
+    request_id = envelope.request_id or "null"
+    return f'{{"jsonrpc":"2.0","id":{request_id},"method":"{method}","params":{{"id":{json.dumps(task_id)}}}}}'.encode()

@@ -1,0 +1,279 @@
+"""The turn: what has ended is settled and what comes next is claimed, for many workspaces in one transaction.
+
+Finish and the next claim of a workspace are one commit, so no slot is free and unseen. While a turn is under way,
+endings and wake-ups gather and make the next one (group commit). Endings that cannot be written wait in memory until
+Postgres is back; nothing new is claimed meanwhile, because claiming needs Postgres too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from services.queue import decide, store
+from services.queue.decide import Finish, Item, Requeue, Workspace
+from services.queue.deliver import Delivery, Ending
+from services.queue.metrics import DELIVERIES, ENDED, RUNNING, WAIT
+from services.queue.settings import Settings
+from services.queue.store import SQL, Settled
+from shared import outbox
+from shared.agents import Agents
+from shared.broker import Publisher
+from shared.database import Connection, Pool, transact
+from shared.facts import Backlog, Fact, ItemChanged, ItemStatus, Running, WorkspaceBacklog
+from shared.loops import Loop
+from shared.telemetry import log
+
+TURN_ENDINGS_MAX = 256
+TURN_WORKSPACES_MAX = 64
+_RIDES_ALONG_MAX = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a turn did."""
+
+    items: Sequence[Item]
+    facts: Sequence[Fact]
+
+
+class Drain:
+    """Owns this replica's deliveries. `wake` names workspaces worth a look; `run_once` is one turn."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: Pool,
+        publisher: Publisher,
+        agents: Agents,
+        *,
+        told: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._publisher = publisher
+        self._agents = agents
+        self._told = told
+        self._ready: dict[str, None] = {}
+        self._endings: list[Ending] = []
+        self._beats: dict[str, float] = {}
+        self._stopping = False
+        self._one_turn = asyncio.Lock()
+        self.running: dict[tuple[str, int], tuple[Delivery, asyncio.Task[None]]] = {}
+        self.loop = Loop("drain", self.run_once)
+
+    def wake(self, workspace_ids: Iterable[str]) -> None:
+        """Look at these workspaces in the next turn."""
+        self._ready.update(dict.fromkeys(workspace_ids))
+        if self._ready:
+            self.loop.wake()
+
+    def alive(self, workspace_id: str) -> None:
+        """Note a beat: the agent's turn is not cut for silence."""
+        self._beats[workspace_id] = time.monotonic()
+
+    def settle(self, ending: Ending) -> None:
+        """Write this ending in the next turn."""
+        self._endings.append(ending)
+        self.loop.wake()
+
+    async def run_once(self, now: datetime | None = None) -> float:
+        """Settle and claim once; return 0 while there is more."""
+        async with self._one_turn:
+            return await self._run_once(now)
+
+    async def _run_once(self, now: datetime | None) -> float:
+        endings = self._endings[:TURN_ENDINGS_MAX]
+        ready = list(self._ready)[:TURN_WORKSPACES_MAX]
+        if not endings and not ready:
+            return self._settings.sweep_s
+        room = 0 if self._stopping else self._settings.deliveries_max - len(self.running)
+        turn = await transact(self._pool, lambda connection: self._turn(connection, endings, ready, room, now))
+        del self._endings[: len(endings)]
+        for name in ready:
+            self._ready.pop(name, None)
+        self._told()
+        for fact in turn.facts:
+            self._publisher.post(fact)
+        for item in turn.items:
+            self._start(item)
+        return 0 if self._endings or self._ready else self._settings.sweep_s
+
+    async def _turn(
+        self, connection: Connection, endings: Sequence[Ending], ready: Sequence[str], room: int, now: datetime | None
+    ) -> Turn:
+        names = {ending.item.workspace_id for ending in endings} | set(ready)
+        before = await store.lock(connection, names)
+        moment = await store.clock(connection, now)
+        after = dict(before)
+        settled = [self._settled(ending, before[ending.item.workspace_id]) for ending in endings]
+        ended = await store.finish(connection, settled)
+        returned = await store.requeue(connection, settled)
+        for each in settled:
+            row = ended.get(each.item.queue_id) or returned.get(each.item.queue_id)
+            if row is not None:  # else it was taken from us: whoever has it settles it
+                name = each.item.workspace_id
+                after[name] = account(after[name], each, row, moment)
+        spare = {name: free for name in sorted(after) if (free := min(room, decide.spare(after[name], moment))) > 0}
+        items = await store.claim(connection, spare, after, self._settings.replica_id, now)
+        for item in items:
+            after[item.workspace_id] = decide.begin(after[item.workspace_id], 1)
+        await store.save(connection, before, after)
+        changed = [change(each, ended[each.item.queue_id]) for each in settled if each.item.queue_id in ended]
+        if changed:
+            await outbox.add(connection, changed)
+        moved = {name: workspace for name, workspace in after.items() if workspace != before[name]}
+        backlogs = await read_backlogs(connection, moved, moment)
+        begun = [
+            ItemChanged(
+                workspace_id=item.workspace_id,
+                rev=item.rev,
+                queue_id=item.queue_id,
+                status=ItemStatus.DISPATCHED,
+                delivery_no=item.delivery_no,
+            )
+            for item in items
+        ]
+        return Turn(items, [*begun, *backlogs])
+
+    def _settled(self, ending: Ending, workspace: Workspace) -> Settled:
+        item = ending.item
+        fate = decide.fate(
+            ending.reply,
+            attempts=item.attempts,
+            deaths=item.deaths,
+            at_most_once=item.at_most_once,
+            cancel_requested=item.cancel_requested,
+            attempts_max=self._settings.attempts_max,
+            deaths_max=self._settings.deaths_max,
+        )
+        wait_s = 0.0
+        if isinstance(fate, Requeue) and (fate.closes or fate.row_wait):
+            wait_s = decide.busy_wait_s(
+                workspace.busy_streak if fate.closes else item.attempts,
+                retry_after_s=ending.retry_after_s,
+                base_s=self._settings.busy_base_s,
+                cap_s=self._settings.busy_cap_s,
+                jitter=random.random(),  # noqa: S311 - spreads load, guards nothing
+            )
+        answer = ending.answer if isinstance(fate, Finish) else None
+        return Settled(item, fate, answer, ending.error, wait_s)
+
+    def _start(self, item: Item) -> None:
+        name = item.workspace_id
+        delivery = Delivery(self._agents, self._settings, item, last_life=lambda: self._beats.get(name, 0.0))
+        task = asyncio.create_task(self._deliver(delivery), name=f"delivery-{item.queue_id}")
+        self.running[_key(item)] = (delivery, task)
+        RUNNING.set(len(self.running))
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        item = delivery.item
+        began = time.perf_counter()
+        try:
+            ending = await delivery.run(self._task_known)
+        except asyncio.CancelledError:
+            ending = Ending(item, "written_back")
+            if not self._stopping:  # fenced off: somebody else has it
+                return
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not strand the item: the agent may have it
+            log.exception("delivery_failed", queue_id=str(item.queue_id))
+            ending = Ending(item, "unknown", error=f"{type(error).__name__}")
+        finally:
+            self.running.pop(_key(item), None)
+            RUNNING.set(len(self.running))
+        DELIVERIES.labels(ending.reply).inc()
+        WAIT.observe(time.perf_counter() - began)
+        log.info(
+            "delivery_ended",
+            queue_id=str(item.queue_id),
+            workspace_id=item.workspace_id,
+            delivery_no=item.delivery_no,
+            outcome=ending.reply,
+            error=ending.error,
+        )
+        self.settle(ending)
+
+    async def _task_known(self, item: Item, task_id: str) -> None:
+        await self._pool.fetchval(SQL["set_agent_task"], item.queue_id, item.delivery_no, task_id)
+
+    async def stop(self, within_s: float) -> None:
+        """Claim nothing more, wait for what runs, write the rest back with the tasks that their agents accepted."""
+        self._stopping = True
+        tasks = [task for _, task in self.running.values()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=within_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        while self._endings:
+            self._ready.clear()
+            await self.run_once()
+
+
+def _key(item: Item) -> tuple[str, int]:
+    return (str(item.queue_id), item.delivery_no)
+
+
+def account(workspace: Workspace, settled: Settled, row: store.Ended, now: float) -> Workspace:
+    """Bring a workspace up to date with one item that ended or went back."""
+    fate = settled.fate
+    if row.was == "queued":  # a late success of an earlier delivery ended a row that waited again
+        return replace(workspace, waiting=workspace.waiting - 1, rev=workspace.rev + 1)
+    requeued = isinstance(fate, Requeue)
+    ended = decide.end(workspace, fate.ending, begun_at=row.dispatched_at, now=now, requeued=requeued)
+    if isinstance(fate, Requeue) and fate.closes:
+        return replace(ended, not_before=now + settled.wait_s, busy_streak=ended.busy_streak + 1)
+    if fate.ending is decide.Ending.ANSWERED:
+        return replace(ended, not_before=None, busy_streak=0)
+    return ended
+
+
+def change(settled: Settled, row: store.Ended) -> ItemChanged:
+    """The fact that an item has ended."""
+    assert isinstance(settled.fate, Finish)
+    ENDED.labels(settled.fate.status.value).inc()
+    answer = settled.answer
+    return ItemChanged(
+        workspace_id=row.workspace_id,
+        rev=row.rev,
+        queue_id=row.queue_id,
+        status=settled.fate.status,
+        reason=settled.fate.reason,
+        delivery_no=settled.item.delivery_no,
+        answer=answer if answer is not None and len(answer) <= _RIDES_ALONG_MAX else None,
+        answer_bytes=len(answer) if answer is not None else None,
+    )
+
+
+async def read_backlogs(
+    connection: Connection, workspaces: Mapping[str, Workspace], now: float
+) -> list[WorkspaceBacklog]:
+    """Say of each workspace what waits and runs."""
+    return [
+        WorkspaceBacklog(workspace_id=name, rev=workspaces[name].rev, **dict(backlog))
+        for name, backlog in (await backlogs(connection, workspaces, now)).items()
+    ]
+
+
+async def backlogs(connection: Connection, workspaces: Mapping[str, Workspace], now: float) -> dict[str, Backlog]:
+    running: dict[str, list[Running]] = {name: [] for name in workspaces}
+    for row in await connection.fetch(SQL["running_items"], list(workspaces)):
+        session = f"{row['queue_id']}:{row['delivery_no']}"
+        running[row["workspace_id"]].append(
+            Running(session_id=session, key_hash=row["key_hash"], started_at=row["dispatched_at"])
+        )
+    return {name: _backlog(workspace, running[name], now) for name, workspace in workspaces.items()}
+
+
+def _backlog(workspace: Workspace, running: list[Running], now: float) -> Backlog:
+    shut = workspace.not_before is not None and workspace.not_before > now
+    return Backlog(
+        waiting=workspace.waiting,
+        in_use=decide.taken(workspace, now),
+        not_before=workspace.not_before if shut else None,
+        running=running,
+    )

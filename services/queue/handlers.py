@@ -1,0 +1,283 @@
+"""What queue does with each fact: one function per fact, fetch → decide → write → tell.
+
+Every handler locks the workspaces that its facts speak of, in key order, and saves what changed of them; so its effects
+and the turns of the drain never interleave within a workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+from uuid import UUID
+
+from services.queue import decide, store
+from services.queue.decide import Forwards, Workspace
+from services.queue.drain import Drain, read_backlogs
+from services.queue.metrics import ENQUEUED
+from services.queue.settings import Settings
+from services.queue.store import Known, key_of
+from shared import outbox
+from shared.broker import Publisher
+from shared.consumer import Tell
+from shared.database import Connection
+from shared.facts import (
+    Fact,
+    ItemChanged,
+    ItemKept,
+    ItemStatus,
+    MessageBusy,
+    ProxyBeat,
+    WorkspaceBacklog,
+    WorkspaceChanged,
+    WorkspaceHeartbeat,
+    WorkspaceRegistered,
+    WorkspaceRemoved,
+)
+
+FactT = TypeVar("FactT", bound=Fact)
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """The handlers, bound to what they tell."""
+
+    settings: Settings
+    publisher: Publisher
+    drain: Drain
+
+    async def message_busy(self, connection: Connection, facts: Sequence[MessageBusy]) -> Tell:
+        """Keep messages: each becomes an item, or is found to be one that is kept already."""
+        before = await store.lock(connection, {fact.workspace_id for fact in facts})
+        ordered = sorted(facts, key=lambda fact: fact.queue_id)
+        after = _hear_beats(before, [fact.beat for fact in ordered if fact.beat is not None])
+        kept = await keep(connection, ordered, after, self.settings.idempotency_keep_s)
+        replies: list[tuple[str, ItemKept]] = []
+        for fact in ordered:
+            workspace = after[fact.workspace_id]
+            if fact.queue_id in kept.new:
+                workspace = replace(workspace, waiting=workspace.waiting + 1, rev=workspace.rev + 1)
+                after[fact.workspace_id] = workspace
+            if fact.reply_to is not None:
+                replies.append((fact.reply_to, _reply(fact, kept, workspace.waiting)))
+        await store.save(connection, before, after)
+        if kept.ended:
+            await outbox.add(connection, kept.ended)
+        backlogs = await self._backlogs(connection, before, after)
+
+        def tell() -> None:
+            for reply_to, reply in replies:
+                self.publisher.post(reply, to=reply_to)
+            self._tell(backlogs, after)
+
+        return tell
+
+    async def heartbeats(self, connection: Connection, facts: Sequence[WorkspaceHeartbeat]) -> Tell:
+        """Apply the newest beat of each workspace."""
+        newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: (fact.incarnation, fact.rev))
+        before = await store.lock(connection, newest)
+        after = dict(before)
+        for name, fact in newest.items():
+            after[name] = decide.hear_beat(
+                before[name],
+                rev=fact.rev,
+                at=fact.occurred_at.timestamp(),
+                active=fact.active_tasks,
+                cadence_s=fact.cadence_s,
+                incarnation=fact.incarnation,
+                maximum=fact.max_concurrent_tasks,
+            )
+        await store.save(connection, before, after)
+
+        def tell() -> None:
+            for name in newest:
+                self.drain.alive(name)
+            self.drain.wake(name for name, workspace in after.items() if workspace.waiting)
+
+        return tell
+
+    async def proxy_beats(self, connection: Connection, facts: Sequence[ProxyBeat]) -> Tell:
+        """Apply the newest beat of each proxy for each workspace: what it forwards live right now."""
+        newest = _newest(facts, lambda fact: (fact.workspace_id, fact.proxy_id), lambda fact: fact.rev)
+        before = await store.lock(connection, {name for name, _ in newest})
+        after = _hear_beats(before, list(newest.values()))
+        await store.save(connection, before, after)
+        backlogs = await self._backlogs(connection, before, after)
+        return lambda: self._tell(backlogs, after)
+
+    async def registered(self, connection: Connection, facts: Sequence[WorkspaceRegistered]) -> Tell:
+        """Take over what the registry says (WorkspaceRegistered and WorkspaceChanged)."""
+        newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: fact.rev)
+        before = await store.lock(connection, newest)
+        after = {name: _registered(workspace, newest[name]) for name, workspace in before.items()}
+        await store.save(connection, before, after)
+        return lambda: self._tell([], after)
+
+    async def removed(self, connection: Connection, facts: Sequence[WorkspaceRemoved]) -> Tell:
+        """Deliver nothing more; what waits ends by its own clocks, visibly."""
+        newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: fact.rev)
+        before = await store.lock(connection, newest)
+        after = {
+            name: replace(workspace, removed=True, registry_rev=newest[name].rev, rev=workspace.rev + 1)
+            if newest[name].rev > workspace.registry_rev
+            else workspace
+            for name, workspace in before.items()
+        }
+        await store.save(connection, before, after)
+        return lambda: self._tell([], after)
+
+    async def _backlogs(
+        self, connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]
+    ) -> list[WorkspaceBacklog]:
+        moved = {name: workspace for name, workspace in after.items() if workspace != before[name]}
+        return await read_backlogs(connection, moved, await store.clock(connection, None))
+
+    def _tell(self, backlogs: Sequence[WorkspaceBacklog], after: Mapping[str, Workspace]) -> None:
+        for backlog in backlogs:
+            self.publisher.post(backlog)
+        self.drain.wake(name for name, workspace in after.items() if workspace.waiting)
+
+
+KeyT = TypeVar("KeyT")
+
+
+def _newest(
+    facts: Sequence[FactT], key: Callable[[FactT], KeyT], order: Callable[[FactT], object]
+) -> dict[KeyT, FactT]:
+    """The newest fact of each key: merged before any row is locked."""
+    found: dict[KeyT, FactT] = {}
+    for fact in facts:
+        name = key(fact)
+        if name not in found or order(fact) > order(found[name]):  # type: ignore[operator]
+            found[name] = fact
+    return found
+
+
+def _hear_beats(before: Mapping[str, Workspace], beats: Sequence[ProxyBeat]) -> dict[str, Workspace]:
+    after = dict(before)
+    for beat in beats:
+        forwards = Forwards(
+            rev=beat.rev,
+            at=beat.occurred_at.timestamp(),
+            running=tuple(
+                (each.session_id, (each.key_hash or b"").hex(), each.started_at.timestamp()) for each in beat.forwards
+            ),
+            ended=tuple(
+                (each.started_at.timestamp(), each.ended_at.timestamp(), each.outcome == "answered")
+                for each in beat.ended
+                if each.outcome not in {"busy", "not_delivered"}
+            ),
+        )
+        after[beat.workspace_id] = decide.hear_forwards(after[beat.workspace_id], beat.proxy_id, forwards)
+    return after
+
+
+def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
+    if fact.rev <= workspace.registry_rev:
+        return workspace
+    ceiling = fact.settings.get("session_ceiling_s")
+    give_up = fact.settings.get("give_up_after_s")
+    new_life = fact.incarnation > workspace.incarnation
+    taken_over = replace(
+        workspace,
+        registry_rev=fact.rev,
+        url=fact.url,
+        agent_authorization=fact.agent_authorization,
+        max_concurrent=fact.max_concurrent_tasks,
+        at_most_once=fact.settings.get("delivery") == "at_most_once",
+        give_up_after_s=float(give_up) if give_up is not None else 86400.0,
+        ceiling_s=float(ceiling) if ceiling is not None else 1800.0,
+        paused=isinstance(fact, WorkspaceChanged) and fact.paused,
+        removed=False,
+        incarnation=max(fact.incarnation, workspace.incarnation),
+        beat_cadence_s=fact.heartbeat_interval_s,
+        rev=workspace.rev + 1,
+    )
+    if not new_life:
+        return taken_over
+    # What the last life said of itself is void, and so is that it was busy.
+    return replace(taken_over, beat_at=None, beat_active=0, not_before=None, busy_streak=0)
+
+
+# ── keeping ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What became of a batch of messages."""
+
+    new: set[UUID]
+    duplicates: dict[UUID, UUID]
+    """Proposed id → the id under which the same message is kept already."""
+    conflicts: set[UUID]
+    ended: list[ItemChanged]
+
+
+async def keep(
+    connection: Connection, facts: Sequence[MessageBusy], workspaces: Mapping[str, Workspace], keep_s: float
+) -> Kept:
+    """Insert what is new; find the item of what is not. The caller holds the workspaces' locks."""
+    same_id = await store.find_ids(connection, [fact.queue_id for fact in facts])
+    known: dict[UUID, Known] = {fact.queue_id: same_id[fact.queue_id] for fact in facts if fact.queue_id in same_id}
+    explicit = [fact for fact in facts if fact.explicit_key and fact.queue_id not in known]
+    held = await store.reserve_keys(connection, explicit, keep_s)
+    known |= {fact.queue_id: held[key_of(fact)] for fact in explicit if held[key_of(fact)].queue_id != fact.queue_id}
+    fresh = [fact for fact in facts if fact.queue_id not in known]
+    new = await store.insert(connection, fresh, workspaces)
+    met = [fact for fact in fresh if fact.queue_id not in new]
+    active = await store.find_active(connection, met)
+    known |= {fact.queue_id: active[key_of(fact)] for fact in met}
+    return await _end_proposed(connection, facts, known, new)
+
+
+async def _end_proposed(
+    connection: Connection, facts: Sequence[MessageBusy], known: Mapping[UUID, Known], new: set[UUID]
+) -> Kept:
+    duplicates: dict[UUID, UUID] = {}
+    conflicts: set[UUID] = set()
+    ended: list[tuple[MessageBusy, str, str, UUID | None]] = []
+    for fact in facts:
+        first = known.get(fact.queue_id)
+        if first is None:
+            ENQUEUED.labels("new").inc()
+        elif (first.body_hash, first.caller_hash, first.workspace_id) != (
+            fact.body_hash,
+            fact.caller_hash,
+            fact.workspace_id,
+        ):
+            ENQUEUED.labels("conflict").inc()
+            conflicts.add(fact.queue_id)
+            if first.queue_id != fact.queue_id:
+                ended.append((fact, "failed", "key_conflict", None))
+        elif first.queue_id == fact.queue_id:
+            ENQUEUED.labels("repeated").inc()
+            duplicates[fact.queue_id] = first.queue_id
+        else:
+            ENQUEUED.labels("duplicate").inc()
+            duplicates[fact.queue_id] = first.queue_id
+            ended.append((fact, "superseded", "duplicate", first.queue_id))
+    await store.insert_ended(connection, ended)
+    changes = [
+        ItemChanged(
+            workspace_id=fact.workspace_id,
+            rev=1,
+            queue_id=fact.queue_id,
+            status=ItemStatus(status),
+            reason=reason,
+            superseded_by=by,
+        )
+        for fact, status, reason, by in ended
+    ]
+    return Kept(new, duplicates, conflicts, changes)
+
+
+def _reply(fact: MessageBusy, kept: Kept, waiting: int) -> ItemKept:
+    return ItemKept(
+        workspace_id=fact.workspace_id,
+        rev=1,
+        queue_id=fact.queue_id,
+        depth=waiting,
+        position=waiting,
+        duplicate_of=kept.duplicates.get(fact.queue_id),
+        conflict=fact.queue_id in kept.conflicts,
+    )

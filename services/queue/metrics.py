@@ -1,0 +1,26 @@
+"""Instruments of queue."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from services.queue.decide import Reply
+
+ENQUEUED = Counter("bide_queue_enqueued_total", "Messages read from the bus, by what they became", ["outcome"])
+DELIVERIES = Counter("bide_queue_deliveries_total", "Deliveries that ended, by what came back", ["outcome"])
+ENDED = Counter("bide_queue_ended_total", "Items that ended, by status", ["status"])
+OWNERS_LOST = Counter("bide_queue_owners_lost_total", "Deliveries taken from a silent owner")
+RECONCILED = Counter("bide_queue_reconciled_total", "Workspaces whose counters did not match their rows")
+RUNNING = Gauge("bide_queue_running", "Deliveries of this replica under way")
+WAIT = Histogram(
+    "bide_queue_delivery_seconds", "From the claim to the end of a delivery", buckets=(0.01, 0.1, 1, 10, 60, 600, 3600)
+)
+
+for outcome in ("new", "duplicate", "conflict", "repeated"):
+    ENQUEUED.labels(outcome)
+for reply in get_args(Reply):
+    DELIVERIES.labels(reply)
+for status in ("completed", "failed", "expired", "canceled", "superseded"):
+    ENDED.labels(status)

@@ -1,0 +1,248 @@
+-- Statements of queue. Lock order: workspaces by id → idempotency_keys → a2a_queue by queue_id → a2a_finished → outbox.
+-- An item moves only under the lock of its workspace, so the counters there are exact and no claim can race another.
+-- $n "now" is a moment that a test passes; null: the database's clock.
+
+-- name: ensure_workspaces
+INSERT INTO workspaces (workspace_id) SELECT unnest($1::text[]) ORDER BY 1 ON CONFLICT DO NOTHING
+
+-- name: lock_workspaces
+SELECT *, extract(epoch FROM beat_at)::float8 AS beat_epoch, extract(epoch FROM not_before)::float8 AS not_before_epoch
+FROM workspaces WHERE workspace_id = ANY($1::text[]) ORDER BY workspace_id FOR NO KEY UPDATE
+
+-- name: read_clock
+SELECT extract(epoch FROM coalesce($1::timestamptz, clock_timestamp()))::float8
+
+-- name: read_workspaces
+SELECT *, extract(epoch FROM beat_at)::float8 AS beat_epoch, extract(epoch FROM not_before)::float8 AS not_before_epoch
+FROM workspaces WHERE workspace_id = ANY($1::text[])
+
+-- name: save_workspaces
+UPDATE workspaces w SET
+  registry_rev = s.registry_rev, url = s.url, agent_authorization = s.agent_authorization,
+  max_concurrent = s.max_concurrent, at_most_once = s.at_most_once, give_up_after_s = s.give_up_after_s,
+  ceiling_s = s.ceiling_s, paused = s.paused, removed = s.removed, incarnation = s.incarnation,
+  beat_rev = s.beat_rev, beat_at = to_timestamp(s.beat_at), beat_active = s.beat_active,
+  beat_cadence_s = s.beat_cadence_s, waiting = s.waiting, running = s.running, started_since = s.started_since,
+  ended_since = s.ended_since, recent_ended = s.recent_ended, forwards = s.forwards,
+  not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak, rev = s.rev
+FROM jsonb_to_recordset($1::jsonb) AS s(
+  workspace_id text, registry_rev bigint, url text, agent_authorization text, max_concurrent int, at_most_once boolean,
+  give_up_after_s float8, ceiling_s float8, paused boolean, removed boolean, incarnation bigint, beat_rev bigint,
+  beat_at float8, beat_active int, beat_cadence_s float8, waiting int, running int, started_since int, ended_since int,
+  recent_ended float8[], forwards jsonb, not_before float8, busy_streak int, rev bigint)
+WHERE w.workspace_id = s.workspace_id
+
+-- name: waiting_workspaces
+-- What a sweep looks at: somebody waits and there may be room. Keyset, so that a page of closed ones hides nobody (B-08).
+SELECT workspace_id FROM workspaces
+WHERE waiting > 0 AND workspace_id > $1 AND NOT paused AND NOT removed AND url IS NOT NULL
+ORDER BY workspace_id LIMIT $2
+
+-- name: active_workspaces
+SELECT *, extract(epoch FROM beat_at)::float8 AS beat_epoch, extract(epoch FROM not_before)::float8 AS not_before_epoch
+FROM workspaces WHERE waiting > 0 OR running > 0 ORDER BY workspace_id
+
+-- name: running_items
+SELECT queue_id, workspace_id, delivery_no, key_hash, dispatched_at
+FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = ANY($1::text[])
+
+-- name: count_items
+-- The truth that the counters are held against (B-06).
+SELECT workspace_id, count(*) FILTER (WHERE status = 'queued')::int AS waiting,
+       count(*) FILTER (WHERE status = 'dispatched')::int AS running
+FROM a2a_queue WHERE workspace_id = ANY($1::text[]) GROUP BY workspace_id
+
+-- name: insert_keys
+INSERT INTO idempotency_keys (workspace_id, caller_hash, key_hash, queue_id, body_hash, expires_at)
+SELECT u.*, now() + make_interval(secs => $6)
+FROM unnest($1::text[], $2::bytea[], $3::bytea[], $4::uuid[], $5::bytea[]) AS u ORDER BY 1, 2, 3
+ON CONFLICT (workspace_id, caller_hash, key_hash) DO UPDATE
+  SET queue_id = excluded.queue_id, body_hash = excluded.body_hash, expires_at = excluded.expires_at
+  WHERE idempotency_keys.expires_at < now()
+RETURNING queue_id
+
+-- name: find_keys
+SELECT k.workspace_id, k.caller_hash, k.key_hash, k.queue_id, k.body_hash
+FROM idempotency_keys k
+JOIN unnest($1::text[], $2::bytea[], $3::bytea[]) AS u(workspace_id, caller_hash, key_hash)
+  USING (workspace_id, caller_hash, key_hash)
+
+-- name: find_ids
+SELECT queue_id, workspace_id, caller_hash, body_hash FROM a2a_queue WHERE queue_id = ANY($1::uuid[])
+UNION ALL
+SELECT queue_id, workspace_id, caller_hash, body_hash FROM a2a_finished WHERE queue_id = ANY($1::uuid[])
+
+-- name: insert_items
+-- Two keys of one batch that are the same are one item here too.
+INSERT INTO a2a_queue (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, lane, rank_ms, method,
+                       body, reason, context_id, hops, not_before, expires_at, give_up_at)
+SELECT i.queue_id, i.workspace_id, i.caller_id, i.caller_hash, i.key_hash, i.body_hash, i.priority,
+       CASE WHEN i.priority = 100 THEN 0 ELSE 1 END, i.rank_ms, i.method, i.body, i.reason, i.context_id, i.hops,
+       i.not_before, i.expires_at, now() + make_interval(secs => i.give_up_after_s)
+FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::bytea[], $7::smallint[], $8::bigint[],
+            $9::text[], $10::bytea[], $11::text[], $12::text[], $13::int[], $14::timestamptz[], $15::timestamptz[],
+            $16::float8[])
+  AS i(queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, rank_ms, method, body, reason,
+       context_id, hops, not_before, expires_at, give_up_after_s)
+ORDER BY i.queue_id
+ON CONFLICT DO NOTHING
+RETURNING queue_id
+
+-- name: find_active_keys
+SELECT q.queue_id, q.workspace_id, q.caller_hash, q.key_hash, q.body_hash
+FROM a2a_queue q
+JOIN unnest($1::text[], $2::bytea[], $3::bytea[]) AS u(workspace_id, caller_hash, key_hash)
+  USING (workspace_id, caller_hash, key_hash)
+
+-- name: insert_finished
+-- Proposed ids that never became items: superseded or in conflict.
+INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
+                          method, body, context_id, enqueued_at, ended_at, attempts, delivery_no, superseded_by, rev)
+SELECT i.queue_id, i.workspace_id, i.caller_id, i.caller_hash, i.key_hash, i.body_hash, i.priority, i.status, i.reason,
+       i.method, i.body, i.context_id, now(), now(), 0, 0, s.by, 1
+FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::bytea[], $7::smallint[], $8::text[],
+            $9::text[], $10::text[], $11::bytea[], $12::text[]) WITH ORDINALITY
+  AS i(queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason, method, body,
+       context_id, n)
+JOIN unnest($13::uuid[]) WITH ORDINALITY AS s(by, n) USING (n)
+ON CONFLICT DO NOTHING
+
+-- name: claim_items
+-- Second statement of the claim: the workspaces are locked by then. Repeats status in the outer UPDATE.
+WITH wanted AS (SELECT * FROM unnest($1::text[], $2::int[]) AS w(workspace_id, spare)),
+head AS MATERIALIZED (
+  SELECT next.queue_id FROM wanted w CROSS JOIN LATERAL (
+    SELECT q.queue_id FROM a2a_queue q
+    WHERE q.workspace_id = w.workspace_id AND q.status = 'queued'
+      AND (q.not_before IS NULL OR q.not_before <= coalesce($4, clock_timestamp()))
+    ORDER BY q.lane, q.rank_ms, q.queue_id LIMIT w.spare) next)
+UPDATE a2a_queue q SET status = 'dispatched', owner = $3, delivery_no = delivery_no + 1,
+  dispatched_at = coalesce($4, clock_timestamp()), rev = q.rev + 1
+FROM head WHERE q.queue_id = head.queue_id AND q.status = 'queued'
+RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
+          q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
+
+-- name: finish_items
+-- Fenced by delivery_no. A success that comes late also completes the row while it is queued again.
+WITH done AS (
+  SELECT * FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::bytea[], $6::text[])
+    AS d(queue_id, delivery_no, status, reason, answer, last_error)),
+mine AS (
+  SELECT q.queue_id FROM a2a_queue q JOIN done d USING (queue_id)
+  WHERE (q.status = 'dispatched' AND q.delivery_no = d.delivery_no)
+     OR (d.status = 'completed' AND q.status = 'queued' AND q.delivery_no >= d.delivery_no)
+  ORDER BY q.queue_id FOR UPDATE OF q),
+gone AS (DELETE FROM a2a_queue q USING mine WHERE q.queue_id = mine.queue_id RETURNING q.*),
+kept AS (
+  INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
+    method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error,
+    answer, rev)
+  SELECT g.queue_id, g.workspace_id, g.caller_id, g.caller_hash, g.key_hash, g.body_hash, g.priority, d.status, d.reason,
+    g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts, g.delivery_no,
+    g.agent_task_id, coalesce(d.last_error, g.last_error), d.answer, g.rev + 1
+  FROM gone g JOIN done d USING (queue_id))
+SELECT queue_id, workspace_id, status, delivery_no, rev + 1 AS rev,
+       extract(epoch FROM dispatched_at)::float8 AS dispatched_epoch FROM gone
+
+-- name: requeue_items
+-- The same row, the same rank. Fenced by delivery_no.
+WITH back AS (
+  SELECT * FROM unnest($1::uuid[], $2::int[], $3::int[], $4::int[], $5::float8[], $6::text[], $7::text[])
+    AS b(queue_id, delivery_no, attempts, deaths, wait_s, reason, last_error)),
+mine AS (
+  SELECT q.queue_id FROM a2a_queue q JOIN back b USING (queue_id)
+  WHERE q.status = 'dispatched' AND q.delivery_no = b.delivery_no ORDER BY q.queue_id FOR NO KEY UPDATE OF q)
+UPDATE a2a_queue q SET status = 'queued', owner = NULL, attempts = q.attempts + b.attempts, deaths = q.deaths + b.deaths,
+  not_before = CASE WHEN b.wait_s > 0 THEN clock_timestamp() + make_interval(secs => b.wait_s) ELSE q.not_before END,
+  reason = b.reason, last_error = coalesce(b.last_error, q.last_error), rev = q.rev + 1
+FROM back b, mine WHERE q.queue_id = mine.queue_id AND q.queue_id = b.queue_id
+RETURNING q.queue_id, q.workspace_id, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
+
+-- name: set_agent_task
+UPDATE a2a_queue SET agent_task_id = $3, rev = rev + 1
+WHERE queue_id = $1 AND status = 'dispatched' AND delivery_no = $2 RETURNING queue_id
+
+-- name: owned_items
+SELECT queue_id, delivery_no, cancel_at IS NOT NULL AS cancel_requested FROM a2a_queue
+WHERE owner = $1 AND status = 'dispatched'
+
+-- name: beat_replica
+INSERT INTO replicas (replica_id) VALUES ($1)
+ON CONFLICT (replica_id) DO UPDATE SET beat_at = clock_timestamp(),
+  unbroken_since = CASE WHEN replicas.beat_at < clock_timestamp() - make_interval(secs => $2)
+                        THEN clock_timestamp() ELSE replicas.unbroken_since END
+RETURNING clock_timestamp() - unbroken_since >= make_interval(secs => $2) AS may_judge
+
+-- name: lost_items
+-- Rows whose owner is silent, or has no row at all. Only for a replica that may judge.
+SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
+       q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
+FROM a2a_queue q LEFT JOIN replicas r ON r.replica_id = q.owner
+WHERE q.status = 'dispatched' AND q.owner <> $1
+  AND (r.replica_id IS NULL OR r.beat_at < coalesce($3, clock_timestamp()) - make_interval(secs => $2))
+ORDER BY q.queue_id LIMIT 500
+
+-- name: forget_replicas
+DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs => $1)
+  AND NOT EXISTS (SELECT FROM a2a_queue q WHERE q.owner = r.replica_id AND q.status = 'dispatched')
+
+-- name: leave_replica
+DELETE FROM replicas WHERE replica_id = $1
+
+-- name: ending_items
+SELECT queue_id, workspace_id FROM a2a_queue
+WHERE status = 'queued' AND least(expires_at, give_up_at) <= coalesce($1, clock_timestamp())
+ORDER BY least(expires_at, give_up_at) LIMIT 500
+
+-- name: end_items
+-- Items that wait and end without a delivery: canceled, expired, given up.
+WITH wanted AS (SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS w(queue_id, status, reason)),
+mine AS (
+  SELECT q.queue_id FROM a2a_queue q JOIN wanted USING (queue_id) WHERE q.status = 'queued'
+  ORDER BY q.queue_id FOR UPDATE OF q),
+gone AS (DELETE FROM a2a_queue q USING mine WHERE q.queue_id = mine.queue_id RETURNING q.*),
+kept AS (
+  INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
+    method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error, rev)
+  SELECT g.queue_id, g.workspace_id, g.caller_id, g.caller_hash, g.key_hash, g.body_hash, g.priority, w.status, w.reason,
+    g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts, g.delivery_no,
+    g.agent_task_id, g.last_error, g.rev + 1
+  FROM gone g JOIN wanted w USING (queue_id))
+SELECT queue_id, workspace_id, rev + 1 AS rev FROM gone
+
+-- name: ask_cancel
+UPDATE a2a_queue SET cancel_at = coalesce(cancel_at, clock_timestamp()), rev = rev + 1
+WHERE queue_id = $1 AND status = 'dispatched' RETURNING queue_id
+
+-- name: find_item
+SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS ended_reason, priority, attempts, delivery_no,
+       enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
+       context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error
+FROM a2a_queue WHERE queue_id = $1
+UNION ALL
+SELECT queue_id, workspace_id, caller_id, caller_hash, status, reason, priority, attempts, delivery_no, enqueued_at,
+       dispatched_at, ended_at, NULL, NULL, NULL, context_id, method, agent_task_id, superseded_by, answer, last_error
+FROM a2a_finished WHERE queue_id = $1
+
+-- name: count_ahead
+SELECT count(*)::int FROM (
+  SELECT FROM a2a_queue WHERE workspace_id = $1 AND status = 'queued' AND (lane, rank_ms, queue_id) < ($2, $3, $4)
+  LIMIT 1000) ahead
+
+-- name: list_waiting
+-- In delivery order; the cursor is the last item's place.
+SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS ended_reason, priority, attempts, delivery_no,
+       enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
+       context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error
+FROM a2a_queue
+WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2) AND status = $3
+  AND (lane, rank_ms, queue_id) > ($4::smallint, $5::bigint, $6::uuid)
+ORDER BY lane, rank_ms, queue_id LIMIT $7
+
+-- name: list_finished
+SELECT queue_id, workspace_id, caller_id, caller_hash, status, reason AS ended_reason, priority, attempts, delivery_no,
+       enqueued_at, dispatched_at, ended_at, NULL::timestamptz AS expires_at, NULL::smallint AS lane,
+       NULL::bigint AS rank_ms, context_id, method, agent_task_id, superseded_by, NULL::bytea AS answer, last_error
+FROM a2a_finished
+WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2) AND status = $3 AND queue_id < $4
+ORDER BY queue_id DESC LIMIT $5

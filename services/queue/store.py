@@ -1,0 +1,266 @@
+"""The only SQL of queue: one method per step, rows in and out as frozen values.
+
+Every method works in the caller's transaction, so that a whole turn (finish, requeue, claim) is one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from services.queue.decide import Finish, Forwards, Item, Requeue, Workspace, ranks
+from shared.database import Connection, load_queries
+from shared.facts import MessageBusy, Priority
+
+SQL = load_queries(Path(__file__).parent / "queries.sql")
+PRIORITIES = {Priority.CRITICAL: 100, Priority.TASK: 50, Priority.INFO: 10}
+PRIORITY_NAMES = {number: name.value for name, number in PRIORITIES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A row that finished or went back: what the counters must know. `was` is its status before."""
+
+    queue_id: UUID
+    workspace_id: str
+    was: str
+    rev: int
+    dispatched_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A delivery that has ended, and its fate."""
+
+    item: Item
+    fate: Finish | Requeue
+    answer: bytes | None = None
+    error: str | None = None
+    wait_s: float = 0.0
+
+
+async def clock(connection: Connection, now: datetime | None) -> float:
+    return float(await connection.fetchval(SQL["read_clock"], now))
+
+
+async def lock(connection: Connection, workspace_ids: Iterable[str]) -> dict[str, Workspace]:
+    """Lock the rows in key order; make those that are missing."""
+    wanted = sorted(set(workspace_ids))
+    rows = await connection.fetch(SQL["lock_workspaces"], wanted)
+    if len(rows) < len(wanted):
+        await connection.execute(SQL["ensure_workspaces"], wanted)
+        rows = await connection.fetch(SQL["lock_workspaces"], wanted)
+    return {row["workspace_id"]: _workspace(row) for row in rows}
+
+
+async def read(connection: Connection, workspace_ids: Iterable[str]) -> dict[str, Workspace]:
+    rows = await connection.fetch(SQL["read_workspaces"], list(workspace_ids))
+    return {row["workspace_id"]: _workspace(row) for row in rows}
+
+
+async def read_active(connection: Connection) -> list[Workspace]:
+    return [_workspace(row) for row in await connection.fetch(SQL["active_workspaces"])]
+
+
+async def save(connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]) -> None:
+    """Write the rows that changed."""
+    changed = [asdict(workspace) for name, workspace in after.items() if workspace != before.get(name)]
+    if changed:
+        await connection.execute(SQL["save_workspaces"], json.dumps(changed))
+
+
+def _workspace(row: asyncpg.Record) -> Workspace:
+    values = {name: row[name] for name in Workspace.__slots__ if name not in {"forwards", "beat_at", "not_before"}}
+    return Workspace(
+        **{
+            **values,
+            "beat_at": row["beat_epoch"],
+            "not_before": row["not_before_epoch"],
+            "recent_ended": tuple(row["recent_ended"]),
+            "forwards": {name: _forwards(value) for name, value in json.loads(row["forwards"]).items()},
+        }
+    )
+
+
+def _forwards(value: Mapping[str, Any]) -> Forwards:
+    return Forwards(
+        rev=value["rev"],
+        at=value["at"],
+        running=tuple((session, key, started) for session, key, started in value["running"]),
+        ended=tuple((started, ended, counts) for started, ended, counts in value["ended"]),
+    )
+
+
+# ── keeping ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An item that is there already. `body_hash` tells whether it is the same message."""
+
+    queue_id: UUID
+    workspace_id: str
+    caller_hash: bytes
+    body_hash: bytes
+
+
+async def find_ids(connection: Connection, queue_ids: Sequence[UUID]) -> dict[UUID, Known]:
+    return {row["queue_id"]: Known(**row) for row in await connection.fetch(SQL["find_ids"], queue_ids)}
+
+
+Key = tuple[str, bytes, bytes]
+
+
+def key_of(fact: MessageBusy) -> Key:
+    return (fact.workspace_id, fact.caller_hash, fact.key_hash)
+
+
+async def reserve_keys(connection: Connection, facts: Sequence[MessageBusy], keep_s: float) -> dict[Key, Known]:
+    """Take the explicit keys of `facts`; return those that somebody had before, with what they stand for."""
+    if not facts:
+        return {}
+    columns = _columns(
+        (*key_of(fact), fact.queue_id, fact.body_hash) for fact in {key_of(f): f for f in facts}.values()
+    )
+    await connection.execute(SQL["insert_keys"], *columns, keep_s)
+    return await _keyed(connection, "find_keys", facts)
+
+
+async def find_active(connection: Connection, facts: Sequence[MessageBusy]) -> dict[Key, Known]:
+    return await _keyed(connection, "find_active_keys", facts) if facts else {}
+
+
+async def _keyed(connection: Connection, query: str, facts: Sequence[MessageBusy]) -> dict[Key, Known]:
+    rows = await connection.fetch(SQL[query], *_columns(key_of(fact) for fact in facts))
+    return {
+        (row["workspace_id"], row["caller_hash"], row["key_hash"]): Known(
+            row["queue_id"], row["workspace_id"], row["caller_hash"], row["body_hash"]
+        )
+        for row in rows
+    }
+
+
+async def insert(
+    connection: Connection, facts: Sequence[MessageBusy], workspaces: Mapping[str, Workspace]
+) -> set[UUID]:
+    """Insert items; return the ids that were new (the others met an active item with their key)."""
+    if not facts:
+        return set()
+    rows = (
+        (
+            fact.queue_id, fact.workspace_id, fact.caller_id, fact.caller_hash, fact.key_hash, fact.body_hash,
+            PRIORITIES[fact.priority], rank, fact.method, fact.body, fact.reason, fact.context_id, fact.hops,
+            fact.not_before, fact.expires_at, workspaces[fact.workspace_id].give_up_after_s,
+        )
+        for fact, rank in zip(facts, ranks([fact.queue_id for fact in facts]), strict=True)
+    )  # fmt: skip
+    return {row["queue_id"] for row in await connection.fetch(SQL["insert_items"], *_columns(rows))}
+
+
+async def insert_ended(connection: Connection, ended: Sequence[tuple[MessageBusy, str, str, UUID | None]]) -> None:
+    """Write proposed ids that never became items: `(fact, status, reason, superseded_by)`."""
+    if not ended:
+        return
+    rows = (
+        (
+            fact.queue_id, fact.workspace_id, fact.caller_id, fact.caller_hash, fact.key_hash, fact.body_hash,
+            PRIORITIES[fact.priority], status, reason, fact.method, fact.body, fact.context_id, by,
+        )
+        for fact, status, reason, by in sorted(ended, key=lambda each: each[0].queue_id)
+    )  # fmt: skip
+    await connection.execute(SQL["insert_finished"], *_columns(rows))
+
+
+def _columns(rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+# ── delivering ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def claim(
+    connection: Connection,
+    spare: Mapping[str, int],
+    workspaces: Mapping[str, Workspace],
+    owner: str,
+    now: datetime | None,
+) -> list[Item]:
+    """Claim up to `spare` items of each workspace, in order. The caller holds the workspaces' locks."""
+    if not spare:
+        return []
+    names = sorted(spare)
+    rows = await connection.fetch(SQL["claim_items"], names, [spare[name] for name in names], owner, now)
+    rows.sort(key=lambda row: (row["workspace_id"], row["lane"], row["rank_ms"], row["queue_id"]))
+    return [_item(row, workspaces[row["workspace_id"]]) for row in rows]
+
+
+async def find_lost(connection: Connection, owner: str, silent_s: float, now: datetime | None) -> list[Item]:
+    """Rows whose owner is silent, as the items they are."""
+    rows = await connection.fetch(SQL["lost_items"], owner, silent_s, now)
+    workspaces = await read(connection, {row["workspace_id"] for row in rows})
+    return [_item(row, workspaces[row["workspace_id"]]) for row in rows]
+
+
+def _item(row: asyncpg.Record, workspace: Workspace) -> Item:
+    return Item(
+        queue_id=row["queue_id"],
+        workspace_id=row["workspace_id"],
+        delivery_no=row["delivery_no"],
+        method=row["method"],
+        body=row["body"],
+        attempts=row["attempts"],
+        deaths=row["deaths"],
+        dispatched_at=row["dispatched_epoch"],
+        hops=row["hops"],
+        agent_task_id=row["agent_task_id"],
+        cancel_requested=row["cancel_at"] is not None,
+        url=workspace.url or "",
+        agent_authorization=workspace.agent_authorization,
+        at_most_once=workspace.at_most_once,
+        ceiling_s=workspace.ceiling_s,
+        rev=row["rev"],
+    )
+
+
+async def finish(connection: Connection, settled: Sequence[Settled]) -> dict[UUID, Ended]:
+    """End items, fenced; return those that really ended."""
+    rows = [
+        (each.item.queue_id, each.item.delivery_no, each.fate.status.value, each.fate.reason, each.answer, each.error)
+        for each in settled
+        if isinstance(each.fate, Finish)
+    ]
+    if not rows:
+        return {}
+    found = await connection.fetch(SQL["finish_items"], *_columns(rows))
+    return {
+        row["queue_id"]: Ended(
+            row["queue_id"], row["workspace_id"], row["status"], row["rev"], row["dispatched_epoch"] or 0.0
+        )
+        for row in found
+    }
+
+
+async def requeue(connection: Connection, settled: Sequence[Settled]) -> dict[UUID, Ended]:
+    """Send items back to their place, fenced; return those that went."""
+    rows = [
+        (
+            each.item.queue_id, each.item.delivery_no, each.fate.attempts, each.fate.deaths, each.wait_s,
+            each.fate.reason, each.error,
+        )
+        for each in settled
+        if isinstance(each.fate, Requeue)
+    ]  # fmt: skip
+    if not rows:
+        return {}
+    found = await connection.fetch(SQL["requeue_items"], *_columns(rows))
+    return {
+        row["queue_id"]: Ended(row["queue_id"], row["workspace_id"], "dispatched", 0, row["dispatched_epoch"])
+        for row in found
+    }
