@@ -143,7 +143,7 @@ class WorkspaceRegistered(Fact):
 
 
 class WorkspaceChanged(WorkspaceRegistered):
-    """The registry's newest word about a workspace. Both are whole, so that whichever has the higher rev says it all."""
+    """The registry's newest word about a workspace. Both are whole: whichever has the higher rev says it all."""
 
 
 class WorkspaceRemoved(Fact):

@@ -55,8 +55,8 @@ async def running(
 ) -> AsyncIterator[Service]:
     """Bring up, in order, what each service has; take it down in the opposite one.
 
-    The block registers its handlers on `service.reader` and then awaits `service.serve()`. `app` makes the HTTP face of a
-    service that has more than health.
+    The block registers its handlers on `service.reader` and then awaits `service.serve()`. `app` makes the HTTP face of
+    a service that has more than health.
     """
     health = Health()
     async with AsyncExitStack() as stack:
