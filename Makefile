@@ -1,4 +1,4 @@
-# `make` prints what there is. Every target prepares what it needs; nothing is installed outside .venv and .bide.
+# `make` prints what there is. Every target prepares what it needs; nothing is installed into the system.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -11,7 +11,7 @@ STEP = @sh -c 'b=$$(date +%s); "$$@"; r=$$?; echo "$$0  $$(( $$(date +%s) - b ))
 .PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos bench lint types format scenarios lock fresh
 
 help: ## What there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
 
 setup: .venv/installed ## The virtual environment, pinned by hash
 .venv/installed: requirements.lock

@@ -5,7 +5,7 @@ Reading is fact by fact: one that is not what its routing key says takes no othe
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -48,22 +48,52 @@ def decode_batch(kind: type[FactT], body: bytes) -> tuple[list[FactT], list[Unre
 
 
 def _decode_singly(kind: type[FactT], body: bytes) -> tuple[list[FactT], list[Unreadable]]:
-    try:
-        # Not pydantic's parser: it refuses the whole batch for one lone surrogate.
-        elements = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        return [], [Unreadable(raw=body, error=f"not JSON: {error}")]
-    if not isinstance(elements, list):
-        return [], [Unreadable(raw=body, error=f"a batch is a JSON array, this is {type(elements).__name__}")]
     facts: list[FactT] = []
     unreadable: list[Unreadable] = []
-    for element in elements:
-        raw = json.dumps(element).encode()
+    try:
+        elements = split(body)
+    except ValueError as error:
+        return [], [Unreadable(raw=body, error=str(error))]
+    for raw in elements:
         try:
             facts.append(kind.model_validate_json(raw))
         except ValidationError as error:
             unreadable.append(Unreadable(raw=raw, error=_sentence(error)))
     return facts, unreadable
+
+
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+
+
+def split(body: bytes) -> list[bytes]:
+    """The elements of a JSON array, byte for byte.
+
+    By brackets alone: a parser would stop at the first element that it cannot read, however deep or long, and take the
+    others along.
+
+    Raises:
+        ValueError: the body is no array, or does not end where it should.
+    """
+    text = body.strip()
+    if not (text.startswith(b"[") and text.endswith(b"]")):
+        raise ValueError("a batch is a JSON array")
+    elements: list[bytes] = []
+    depth, start = 0, 1
+    for token in _TOKEN.finditer(text):
+        match token.group():
+            case b"[" | b"{":
+                depth += 1
+            case b"]" | b"}":
+                depth -= 1
+            case b"," if depth == 1:
+                elements.append(text[start : token.start()].strip())
+                start = token.end()
+        if depth == 0 and token.end() != len(text):
+            raise ValueError("a batch is one JSON array, and this has text behind it")
+    if depth != 0:
+        raise ValueError("a batch is a JSON array, and this one does not end")
+    last = text[start:-1].strip()
+    return [*elements, last] if last or elements else []
 
 
 def _sentence(error: ValidationError) -> str:

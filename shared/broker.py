@@ -108,6 +108,9 @@ class Publisher:
         self._exchange = exchange
         self._confirm_timeout_s = confirm_timeout_s
         self._lanes: dict[tuple[type[Fact], str], _Lane] = {}
+        for route in topology.ROUTES:
+            for outcome in ("confirmed", "not_published", "unknown"):
+                FACTS_PUBLISHED.labels(route.fact.__name__, outcome)
 
     async def publish(self, fact: Fact, *, to: str | None = None) -> None:
         """Return when the broker has confirmed `fact`; `to` names a reply queue instead of the exchange.
@@ -146,9 +149,7 @@ class Publisher:
 
     async def probe(self) -> None:
         """One round trip to the broker, for /readyz: `ping` stays true against a frozen one."""
-        if not self.is_connected:
-            raise NotPublished("not connected to RabbitMQ")
-        await self._channel.declare_queue(topology.DEAD_QUEUE, passive=True)
+        await probe(self._connection)
 
     @property
     def is_connected(self) -> bool:
@@ -183,6 +184,10 @@ class Publisher:
             lane.refuse_all(f"the broker does not answer: {sentence}")
         except (AMQPError, OSError, RuntimeError) as error:
             lane.settle(batch, "unknown", PublishUnknown(f"the connection broke: {type(error).__name__}"))
+        except Exception as error:  # noqa: BLE001 - logged, and told to each caller
+            # Not foreseen: the callers must not wait for ever for it.
+            lane.settle(batch, "unknown", PublishUnknown(f"{type(error).__name__}: {error}"))
+            log.exception("publish_failed", fact=lane.kind.__name__)
         except asyncio.CancelledError:
             lane.settle(batch, "unknown", PublishUnknown("the connection closed"))
             task = asyncio.current_task()
@@ -204,6 +209,17 @@ class Publisher:
             await self._channel.default_exchange.publish(message, to, mandatory=False)
         else:
             await self._exchange.publish(message, routing_key(lane.kind), mandatory=lane.durable)
+
+
+async def probe(connection: AbstractRobustConnection) -> None:
+    """Ask the broker something that it must answer, on a channel of its own.
+
+    A robust declaration is answered from memory the second time, and one on a publishing channel would close it.
+    """
+    if not connection.connected.is_set():
+        raise NotPublished("not connected to RabbitMQ")
+    async with connection.channel(publisher_confirms=False) as channel:
+        await channel.declare_queue(topology.DEAD_QUEUE, passive=True, robust=False)
 
 
 def _retrieve(done: asyncio.Future[None]) -> None:
@@ -238,7 +254,9 @@ async def open_publisher(settings: SharedSettings) -> AsyncIterator[Publisher]:
         # A broker that lost its data comes back without queues: what is mandatory would be returned for ever.
         connection.reconnect_callbacks.add(declare_again)
         channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
-        exchange = await channel.get_exchange(topology.EXCHANGE)
+        # Not ensured: a passive declaration would be repeated at each reconnect, before ours, and fail without end on a
+        # broker that lost its data.
+        exchange = await channel.get_exchange(topology.EXCHANGE, ensure=False)
         publisher = Publisher(connection, channel, exchange, confirm_timeout_s=settings.confirm_timeout_s)
         try:
             yield publisher

@@ -11,19 +11,28 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 from faststream import AckPolicy
-from faststream.rabbit import Channel, ExchangeType, RabbitBroker, RabbitExchange, RabbitMessage, RabbitQueue
+from faststream.rabbit import (
+    Channel,
+    ExchangeType,
+    QueueType,
+    RabbitBroker,
+    RabbitExchange,
+    RabbitMessage,
+    RabbitQueue,
+)
 
 from shared import topology
-from shared.batches import Unreadable, decode_batch, encode
-from shared.broker import CONNECT_TIMEOUT_S, broker_url, reconnect_interval_s
+from shared.batches import decode_batch, encode, split
+from shared.broker import CONNECT_TIMEOUT_S, broker_url, probe, reconnect_interval_s
 from shared.database import Connection, Pool, Trouble, backoff_s, classify, load_queries, transact
-from shared.facts import FactT, routing_key
+from shared.facts import Fact, FactT, routing_key
 from shared.inbox import Inbox
 from shared.settings import SharedSettings
 from shared.telemetry import BUS_CONNECTED, DEAD_LETTERS, FACTS_READ, INFRASTRUCTURE_WAITS, log
@@ -39,6 +48,7 @@ Hear = Callable[[Sequence[FactT]], Awaitable[None]]
 """A handler of facts that only change memory."""
 
 _SQL = load_queries(Path(__file__).parent / "queries.sql")
+_CLOSE_S = 5.0
 _PREFETCH = 8
 """Batches in work at once per queue; each holds a connection of the pool while it is written."""
 
@@ -57,6 +67,7 @@ class Reader:
     ) -> None:
         self._service = service
         self._replica_id = settings.replica_id
+        self._drain_s = settings.drain_s
         self._pool = pool
         self._inbox = inbox
         self._committed = committed
@@ -89,9 +100,41 @@ class Reader:
 
     async def stop(self) -> None:
         """Take nothing new and wait up to `drain_s` for batches in work; the rest is delivered again elsewhere."""
-        await self.broker.stop()
+        try:
+            async with asyncio.timeout(self._drain_s + _CLOSE_S):
+                await self.broker.stop()
+        except TimeoutError:
+            log.warning("reader_not_closed", hint="the broker did not answer; what was not acked comes again")
+
+    async def probe(self) -> None:
+        """One round trip on the reader's own connection: a publisher that is well says nothing about it."""
+        await probe(await self.broker.connect())
+
+    def store_undeliverable(self) -> None:
+        """Keep what the broker itself gave up on as dead letters of this service."""
+
+        async def receive(message: RabbitMessage) -> None:
+            deaths: Any = message.headers.get("x-death") or [{}]
+            source = str(deaths[0].get("queue", "unknown"))
+
+            async def keep(connection: Connection) -> None:
+                await set_aside(connection, source, message.body, "undeliverable", str(deaths[0].get("reason", "")))
+
+            await transact(self._pool, keep)
+            DEAD_LETTERS.labels(source, "undeliverable").inc()
+            await message.ack()
+
+        queue = RabbitQueue(topology.DEAD_QUEUE, queue_type=QueueType.QUORUM, durable=True)
+        subscriber = self.broker.subscriber(
+            queue, channel=Channel(prefetch_count=1), ack_policy=AckPolicy.MANUAL, decoder=_undecoded
+        )
+        subscriber(receive)
 
     def _subscribe(self, route: Route, on_message: Callable[[RabbitMessage], Awaitable[None]]) -> None:
+        for outcome in ("applied", "duplicate", "failed"):
+            FACTS_READ.labels(route.fact.__name__, outcome)
+        for reason in ("invalid", "unstorable", "handler_error"):
+            DEAD_LETTERS.labels(route.fact.__name__, reason)
         arguments: Any = route.arguments()
         queue = RabbitQueue(
             route.queue(self._replica_id),
@@ -121,15 +164,13 @@ class Reader:
         started = time.perf_counter()
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(fact=route.fact.__name__)
-        kind: type[FactT] = route.fact  # type: ignore[assignment]
-        facts, unreadable = decode_batch(kind, message.body)
-        if facts or unreadable:
-            batch = _Batch(self._pool, self._inbox, route=route, handle=handle, facts=facts, unreadable=unreadable)
+        batch = _Batch(self._pool, self._inbox, route, handle, message.body)
+        if batch.facts or batch.unreadable:
             await batch.write()
             self._committed()
         await message.ack()
         took_ms = (time.perf_counter() - started) * 1000
-        log.debug("batch_stored", facts=len(facts), unreadable=len(unreadable), took_ms=round(took_ms, 1))
+        log.debug("batch_stored", facts=len(batch.facts), unreadable=len(batch.unreadable), took_ms=round(took_ms, 1))
 
     async def _hear_message(self, route: Route, handle: Hear[FactT], message: RabbitMessage) -> None:
         structlog.contextvars.clear_contextvars()
@@ -154,26 +195,29 @@ async def _undecoded(message: RabbitMessage) -> RabbitMessage:
     return message
 
 
+@dataclass(slots=True)
+class _Written:
+    """What one try of a batch did; counted and told only once it has committed."""
+
+    applied: int = 0
+    duplicate: int = 0
+    tells: list[Tell] = field(default_factory=list)
+    aside: list[tuple[str, str]] = field(default_factory=list)
+    """(reason, sentence)"""
+
+
 class _Batch:
     """One batch on its way into the database: whole if that works, else fact by fact."""
 
-    def __init__(
-        self,
-        pool: Pool,
-        inbox: Inbox,
-        *,
-        route: Route,
-        handle: Store[FactT],
-        facts: list[FactT],
-        unreadable: list[Unreadable],
-    ) -> None:
+    def __init__(self, pool: Pool, inbox: Inbox, route: Route, handle: Store[FactT], body: bytes) -> None:
         self._pool = pool
         self._inbox = inbox
         self._once = route.kind is Kind.QUORUM
         self._name = route.fact.__name__
         self._handle = handle
-        self._facts = facts
-        self._unreadable = unreadable
+        self._body = body
+        kind: type[FactT] = route.fact  # type: ignore[assignment]
+        self.facts, self.unreadable = decode_batch(kind, body)
 
     async def write(self) -> None:
         """Commit the batch; come back only then."""
@@ -182,37 +226,48 @@ class _Batch:
         while True:
             try:
                 if self._once:
-                    await self._inbox.prepare(self._facts)
-                tells = await transact(self._pool, work)
+                    await self._inbox.prepare(self.facts)
+                written = await transact(self._pool, work)
             except Exception as error:  # noqa: BLE001 - classify says what it means, and nothing is swallowed
-                trouble = classify(error)
-                if work == self._whole and trouble in (Trouble.DATA, None):
-                    log.warning("batch_repeated_singly", error=f"{type(error).__name__}: {error}"[:300])
+                infrastructure = classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT)
+                words = f"{type(error).__name__}: {error}"[:300]
+                if not infrastructure:
                     self._inbox.distrust()
+                if not infrastructure and work == self._whole:
+                    log.warning("batch_repeated_singly", error=words)
                     work = self._singly
                     continue
                 INFRASTRUCTURE_WAITS.labels(self._name).inc()
-                log.warning("waiting_for_postgres", error=f"{type(error).__name__}: {error}"[:300], attempt=attempt)
+                log.warning("waiting_for_postgres" if infrastructure else "batch_failed", error=words, attempt=attempt)
                 await asyncio.sleep(backoff_s(attempt))
                 attempt += 1
             else:
-                for tell in tells:
-                    tell()
-                return
+                return self._tell(written)
 
-    async def _whole(self, connection: Connection) -> list[Tell]:
-        await self._set_unreadable_aside(connection)
-        new = await self._inbox.admit(connection, self._facts) if self._once else self._facts
-        tell = await self._handle(connection, new) if new else None
-        FACTS_READ.labels(self._name, "duplicate").inc(len(self._facts) - len(new))
-        FACTS_READ.labels(self._name, "applied").inc(len(new))
-        return [tell] if tell else []
+    def _tell(self, written: _Written) -> None:
+        FACTS_READ.labels(self._name, "applied").inc(written.applied)
+        FACTS_READ.labels(self._name, "duplicate").inc(written.duplicate)
+        for reason, sentence in written.aside:
+            DEAD_LETTERS.labels(self._name, reason).inc()
+            log.error("fact_set_aside", reason=reason, error=sentence)
+        for tell in written.tells:
+            try:
+                tell()
+            except Exception:  # noqa: BLE001 - logged
+                # It has committed: an un-acked batch would not be told again, only block the queue.
+                log.exception("tell_failed")
 
-    async def _singly(self, connection: Connection) -> list[Tell]:
-        await self._set_unreadable_aside(connection)
-        new = await self._inbox.admit(connection, self._facts) if self._once else self._facts
-        tells: list[Tell] = []
-        for fact in new:
+    async def _whole(self, connection: Connection) -> _Written:
+        written = await self._begin(connection)
+        new = await self._admit(connection, written)
+        if new and (tell := await self._handle(connection, new)):
+            written.tells.append(tell)
+        written.applied = len(new)
+        return written
+
+    async def _singly(self, connection: Connection) -> _Written:
+        written = await self._begin(connection)
+        for fact in await self._admit(connection, written):
             try:
                 async with connection.transaction():
                     tell = await self._handle(connection, [fact])
@@ -221,23 +276,41 @@ class _Batch:
                 if trouble in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                     raise
                 reason = "unstorable" if trouble is Trouble.DATA else "handler_error"
-                await set_aside(connection, self._name, encode(fact), reason, f"{type(error).__name__}: {error}")
+                await self._set_aside(connection, written, self._raw(fact), reason, f"{type(error).__name__}: {error}")
                 continue
+            written.applied += 1
             if tell:
-                tells.append(tell)
-        return tells
+                written.tells.append(tell)
+        return written
 
-    async def _set_unreadable_aside(self, connection: Connection) -> None:
-        for bad in sorted(self._unreadable, key=lambda bad: bad.raw):
-            await set_aside(connection, self._name, bad.raw, "invalid", bad.error)
+    async def _begin(self, connection: Connection) -> _Written:
+        written = _Written()
+        for bad in sorted(self.unreadable, key=lambda bad: bad.raw):
+            await self._set_aside(connection, written, bad.raw, "invalid", bad.error)
+        return written
+
+    async def _admit(self, connection: Connection, written: _Written) -> list[Any]:
+        new = await self._inbox.admit(connection, self.facts) if self._once else self.facts
+        written.duplicate = len(self.facts) - len(new)
+        return new
+
+    async def _set_aside(self, connection: Connection, written: _Written, raw: bytes, reason: str, error: str) -> None:
+        if sentence := await set_aside(connection, self._name, raw, reason, error):
+            written.aside.append((reason, sentence))
+
+    def _raw(self, fact: Fact) -> bytes:
+        """The fact's own bytes, with what a newer writer put in that we do not know."""
+        mark = str(fact.fact_id).encode()
+        return next((raw for raw in split(self._body) if mark in raw), encode(fact))
 
 
-async def set_aside(connection: Connection, fact_type: str, raw: bytes, reason: str, error: str) -> None:
-    """Keep a fact that cannot take effect, with the reason; the same one only once."""
+async def set_aside(connection: Connection, fact_type: str, raw: bytes, reason: str, error: str) -> str | None:
+    """Keep a fact that cannot take effect, with the reason; the same one only once.
+
+    Returns: the sentence that was kept; None: it was there already.
+    """
     digest = hashlib.sha256(fact_type.encode() + b"\0" + raw).digest()
     # NUL and lone surrogates are what brings facts here: they must not stop the sentence about them.
     sentence = error.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")[:1000]
     result = await connection.execute(_SQL["insert_dead_letter"], digest, fact_type, reason, sentence, raw)
-    if result.endswith(" 1"):
-        DEAD_LETTERS.labels(fact_type, reason).inc()
-        log.error("fact_set_aside", fact_type=fact_type, reason=reason, error=sentence)
+    return sentence if result.endswith(" 1") else None

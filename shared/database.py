@@ -26,6 +26,7 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 2.0
 COMMAND_TIMEOUT_S = 30.0
 ACQUIRE_TIMEOUT_S = 5.0
 _CONFLICT_TRIES = 3
@@ -107,7 +108,7 @@ async def open_pool(settings: SharedSettings) -> AsyncIterator[Pool]:
         yield pool
     finally:
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await pool.close()
         except TimeoutError:
             pool.terminate()
@@ -135,10 +136,13 @@ async def _connect(settings: SharedSettings) -> Pool:
             attempt += 1
 
 
-async def probe(pool: Pool) -> None:
-    """One round trip, for /readyz."""
-    async with pool.acquire(timeout=1) as connection:
+async def probe(settings: SharedSettings) -> None:
+    """One round trip on a connection of its own, for /readyz: a pool that is busy is not a database that is away."""
+    connection = await asyncpg.connect(settings.database_url.get_secret_value(), timeout=CONNECT_TIMEOUT_S)
+    try:
         await connection.execute("SELECT 1")
+    finally:
+        await connection.close(timeout=CONNECT_TIMEOUT_S)
 
 
 _NAME = re.compile(r"^-- name: ([a-z][a-z0-9_]*)\s*$", re.MULTILINE)

@@ -11,6 +11,7 @@ A message on the bus is a batch of facts of one type: `shared/batches.py`.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -24,6 +25,9 @@ WorkspaceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 """sha256 of a string that a caller chose: the only form in which such a string is a key (4-data)."""
 Count = Annotated[int, Field(ge=0)]
+
+
+_AHEAD_MAX_S = 86_400.0
 
 
 def _now() -> datetime:
@@ -57,6 +61,8 @@ class Fact(Part):
     def _is_uuid7(cls, fact_id: UUID) -> UUID:
         if fact_id.version != 7:  # noqa: PLR2004 - the version that carries a time
             raise ValueError("a fact_id is a uuid7: the inbox forgets by its time")
+        if (fact_id.int >> 80) / 1000 > time.time() + _AHEAD_MAX_S:
+            raise ValueError("a fact_id from the future: the clock that made it is wrong by more than a day")
         return fact_id
 
 

@@ -76,7 +76,8 @@ async def serving(app: App, settings: SharedSettings) -> AsyncIterator[str]:
     Raises:
         OSError: the address is taken.
     """
-    listener = socket.create_server((settings.http_host, settings.http_port), backlog=2048)
+    family = socket.AF_INET6 if ":" in settings.http_host else socket.AF_INET
+    listener = socket.create_server((settings.http_host, settings.http_port), family=family, backlog=2048)
     # Inherited by what it accepts. asyncio sets it only on sockets that know their protocol, and an answer in two
     # writes would wait 40 ms for the caller's delayed ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -85,7 +86,8 @@ async def serving(app: App, settings: SharedSettings) -> AsyncIterator[str]:
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-    url = f"http://{settings.http_host}:{listener.getsockname()[1]}"
+    host = f"[{settings.http_host}]" if family == socket.AF_INET6 else settings.http_host
+    url = f"http://{host}:{listener.getsockname()[1]}"
     log.info("listening", url=url)
     try:
         yield url

@@ -64,10 +64,21 @@ class Inbox:
         for record in await self._pool.fetch(_SQL["inbox_partitions"]):
             found = _PARTITION.match(record["name"])
             if found and int(found[1]) < oldest:
-                self._hours.discard(int(found[1]))
-                await self._pool.execute(f"DROP TABLE IF EXISTS {record['name']}")
-                log.info("inbox_forgotten", partition=record["name"])
+                await self._drop(record["name"], int(found[1]), now)
         return 3600.0
+
+    async def _drop(self, name: str, hour: int, now: datetime | None) -> None:
+        """Drop a partition whose facts all took effect long ago: an old fact may have been applied a moment ago."""
+        # The name is one that we made, and has been matched against its form.
+        recent = f"SELECT EXISTS (SELECT FROM {name} WHERE at > coalesce($1::timestamptz, now()) - $2::interval)"  # noqa: S608
+        async with self._pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection, connection.transaction():
+            if await connection.fetchval(recent, now, self._keep):
+                return
+            # Writers queue behind a waiting DROP: it gives up soon and comes again.
+            await connection.execute("SET LOCAL lock_timeout = '200ms'")
+            await connection.execute(f"DROP TABLE IF EXISTS {name}")
+        self._hours.discard(hour)
+        log.info("inbox_forgotten", partition=name)
 
     async def _create(self, hour: int) -> None:
         name = f"inbox_{hour}"

@@ -20,6 +20,10 @@ LAST_TURN = Gauge("bide_loop_last_turn_timestamp_seconds", "When the loop last c
 FAILED_TURNS = Counter("bide_loop_failed_turns_total", "Turns that raised", ["loop"])
 
 
+_LAST_TURN_S = 5.0
+_CANCEL_S = 1.0
+
+
 class Loop:
     """`run_once` until cancelled."""
 
@@ -28,16 +32,24 @@ class Loop:
         self._run_once = run_once
         self._woken = asyncio.Event()
         self._failures = 0
+        self._stopped = False
         FAILED_TURNS.labels(name)
 
     def wake(self) -> None:
         """Take the next turn now; a wake during a turn is not lost."""
         self._woken.set()
 
+    def stop(self) -> None:
+        """Begin no further turn; one that is under way comes to its end."""
+        self._stopped = True
+        self._woken.set()
+
     async def run(self) -> None:
-        while True:
+        while not self._stopped:
             self._woken.clear()
             delay_s = await self._turn()
+            if self._stopped:
+                return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._woken.wait()
@@ -47,12 +59,13 @@ class Loop:
             delay_s = await self._run_once()
         except Exception as error:  # noqa: BLE001 - it is logged, counted and tried again
             FAILED_TURNS.labels(self.name).inc()
+            delay_s = backoff_s(self._failures)
             self._failures += 1
             if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                 log.warning("loop_waits", loop=self.name, error=f"{type(error).__name__}: {error}"[:300])
             else:
                 log.exception("loop_failed", loop=self.name)
-            return backoff_s(self._failures)
+            return delay_s
         self._failures = 0
         LAST_TURN.labels(self.name).set_to_current_time()
         return delay_s
@@ -65,6 +78,13 @@ async def turning(loops: Sequence[Loop]) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        # A turn that is cut short leaves what it claimed to time out: let it end, if it can.
+        for loop in loops:
+            loop.stop()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_LAST_TURN_S)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            # A driver that waits for a frozen server takes its time over a cancel; closing its pool ends it.
+            await asyncio.wait(tasks, timeout=_CANCEL_S)

@@ -10,13 +10,16 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import asyncpg
 import uvloop
+from aio_pika.exceptions import AuthenticationError, ProbableAuthenticationError
 
 from shared.broker import Publisher, open_publisher
 from shared.consumer import Reader
@@ -24,10 +27,21 @@ from shared.database import Pool, open_pool, probe
 from shared.http import App, health_app, serving
 from shared.inbox import Inbox
 from shared.loops import Loop, turning
-from shared.migrate import SHARED_MIGRATIONS, migrate, read_migrations
+from shared.migrate import SHARED_MIGRATIONS, MigrationError, migrate, read_migrations
 from shared.outbox import Relay
 from shared.settings import SettingsError, SettingsT, SharedSettings, load
 from shared.telemetry import Health, log, start_logging
+
+_STRAYS_S = 5.0
+_REFUSED = (
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    AuthenticationError,
+    ProbableAuthenticationError,
+    MigrationError,
+    OSError,
+)
+_HINT = "check BIDE_DATABASE_URL, BIDE_AMQP_URL, BIDE_HTTP_HOST and BIDE_HTTP_PORT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +76,7 @@ async def running(
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(serving(app(health), settings))
         pool = await stack.enter_async_context(open_pool(settings))
-        health.add("postgres", partial(probe, pool))
+        health.add("postgres", partial(probe, settings))
         await migrate(pool, [*read_migrations("shared", SHARED_MIGRATIONS), *read_migrations(name, migrations)])
         publisher = await stack.enter_async_context(open_publisher(settings))
         health.add("rabbitmq", publisher.probe)
@@ -70,6 +84,7 @@ async def running(
         relay = Relay(pool, publisher, claim_s=settings.outbox_claim_s, sweep_s=settings.outbox_sweep_s)
         await stack.enter_async_context(turning([relay.loop, Loop("inbox", inbox.forget)]))
         reader = Reader(settings, name, pool, inbox, committed=relay.wake)
+        health.add("reader", reader.probe)
         stack.push_async_callback(reader.stop)
         yield Service(settings, pool, publisher, reader, relay, health)
 
@@ -82,7 +97,11 @@ def start(name: str, kind: type[SettingsT], main: Callable[[SettingsT], Coroutin
         sys.stderr.write(f"{error}\n")
         return 2
     start_logging(name, settings)
-    uvloop.run(_until_signalled(main(settings)))
+    try:
+        uvloop.run(_until_signalled(main(settings)))
+    except _REFUSED as error:
+        log.error("cannot_start", error=f"{type(error).__name__}: {error}", hint=_HINT)
+        return 1
     log.info("stopped")
     return 0
 
@@ -106,3 +125,17 @@ async def _until_signalled(main: Awaitable[None]) -> None:
     except asyncio.CancelledError:
         if not signalled:
             raise
+    finally:
+        await _end_strays()
+
+
+async def _end_strays() -> None:
+    """Cancel what is left until it ends: aio-pika takes a cancel during an attempt for a lost connection."""
+    deadline = time.monotonic() + _STRAYS_S
+    while strays := asyncio.all_tasks() - {asyncio.current_task()}:
+        for stray in strays:
+            stray.cancel()
+        await asyncio.wait(strays, timeout=0.1)
+        if time.monotonic() > deadline:
+            log.error("tasks_left", names=sorted(stray.get_name() for stray in strays))
+            return

@@ -12,8 +12,9 @@ import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from uuid_utils.compat import uuid7
 
 SERVICES = ("proxy", "queue", "scheduler", "liveness")
@@ -31,14 +32,14 @@ class SettingsError(Exception):
 class SharedSettings(BaseModel):
     """What every service needs. A service adds its own fields in its `settings.py`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
     database_url: SecretStr
     """postgresql:// URL of the service's own role; its schema is the role's search_path."""
     amqp_url: SecretStr
     """amqp:// URL of the vhost that all services share."""
     database_pool_max: int = Field(default=10, ge=2, le=200)
-    """Connections to Postgres per process. One is for health, so two are the least."""
+    """Connections to Postgres per process; health takes one more while it asks."""
     database_pooler: str = Field(default="session", pattern="^(session|transaction)$")
     """`transaction` behind a PgBouncer in transaction mode: no statement cache."""
     http_host: str = "127.0.0.1"
@@ -64,6 +65,20 @@ class SharedSettings(BaseModel):
     replica_id: str = Field(default_factory=lambda: f"{socket.gethostname()[:40]}-{uuid7().hex[-12:]}")
     """New for every process: a restarted one must never be taken for the one that died (B-07)."""
 
+    @field_validator("database_url", "amqp_url")
+    @classmethod
+    def _is_url(cls, url: SecretStr, info: ValidationInfo) -> SecretStr:
+        """Check what drivers would answer with a trace, or with the password in it."""
+        schemes = {"database_url": ("postgresql", "postgres"), "amqp_url": ("amqp", "amqps")}[info.field_name or ""]
+        try:
+            parts = urlsplit(url.get_secret_value())
+            usable = parts.scheme in schemes and parts.netloc != "" and (parts.port is None or parts.port > 0)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(f"write {schemes[0]}://user:password@host:port/name, with special characters as %XX")
+        return url
+
 
 def load(service: str, kind: type[SettingsT], environ: Mapping[str, str]) -> SettingsT:
     """Build `kind` from `environ`.
@@ -77,7 +92,7 @@ def load(service: str, kind: type[SettingsT], environ: Mapping[str, str]) -> Set
     for name, field in names.items():
         try:
             value = _read(name, environ)
-        except (OSError, SettingsError) as error:
+        except SettingsError as error:
             problems.append(str(error))
         else:
             if value is not None:
@@ -108,6 +123,8 @@ def _read(name: str, environ: Mapping[str, str]) -> str | None:
         return Path(path).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise SettingsError(f"{name}_FILE: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{name}_FILE: {path} is not UTF-8 text") from None
 
 
 def _unknown(service: str, names: Mapping[str, str], environ: Mapping[str, str]) -> Iterator[str]:

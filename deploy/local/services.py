@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 FIRST_PROXY_PORT = 20_080
 REPLICAS_MAX = 20
 PROBE_LIMIT_S = 5.0
-STOP_LIMIT_S = 30.0
+STOP_LIMIT_S = 45.0
 ArgvOf = Callable[[str], Sequence[str]]
 """Gives the command line of a service by its name."""
 

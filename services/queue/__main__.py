@@ -41,6 +41,7 @@ async def main(settings: Settings) -> None:
         service.reader.store(WorkspaceChanged, handlers.registered)
         service.reader.store(WorkspaceRemoved, handlers.removed)
         service.reader.store(QueueQuery, answers.query)
+        service.reader.store_undeliverable()
         await loops.beat()  # a delivery of ours must never stand without an owner that beats
         try:
             async with turning([drain.loop, *loops.all()]):

@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 
 from shared import topology
 from shared.batches import encode, encode_batch
-from shared.broker import NotPublished, Publisher, open_publisher
+from shared.broker import NotPublished, Publisher, PublishUnknown, open_publisher
 from shared.database import Connection
 from shared.facts import ItemChanged, ItemKept, ItemStatus, MessageBusy, SessionStop, WorkspaceHeartbeat, routing_key
 from shared.topology import Kind, Route
@@ -36,7 +36,7 @@ def three_times(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_every_fact_takes_effect_once_however_often_its_batch_is_delivered(
     clean: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1,000 facts from 50 tasks, each batch three times, two replicas that compete (C-D2, B-15)."""
+    """1,000 facts from 50 tasks, each batch three times, two replicas that compete."""
     async with replica(clean) as one, replica(clean) as two:
         for each in (one, two):
             each.reader.store(SessionStop, write_effects)
@@ -47,6 +47,7 @@ async def test_every_fact_takes_effect_once_however_often_its_batch_is_delivered
             await asyncio.gather(*(one.publisher.publish(stop(f"{number}-{i}")) for i in range(20)))
 
         await asyncio.gather(*(task(number) for number in range(50)))
+        await until(lambda: _at_least(one, 1000))
         await until(lambda: _empty(clean))
         await two.reader.stop()
         await one.reader.stop()
@@ -104,6 +105,64 @@ async def test_what_a_handler_wants_told_is_told_after_its_commit(clean: Stack) 
         await one.publisher.publish(stop("a"))
         assert await asyncio.wait_for(told.get(), 10) == ["a"]
         assert await one.effects() == ["a"]
+
+
+async def test_a_tell_that_raises_blocks_nothing(clean: Stack) -> None:
+    """The batch has committed: nine of them, more than the prefetch, and the next one is read all the same."""
+
+    def broken() -> None:
+        raise KeyError("a bug")
+
+    async def handle(connection: Connection, facts: Sequence[SessionStop]) -> Callable[[], None]:
+        await write_effects(connection, facts)
+        return broken
+
+    async with replica(clean) as one:
+        one.reader.store(SessionStop, handle)
+        await one.reader.start()
+        for number in range(9):
+            await one.publisher.publish(stop(str(number)))
+            await until(lambda number=number: _has(one, [str(i) for i in range(number + 1)]))  # type: ignore[misc]
+
+
+async def test_a_queue_that_is_deleted_under_its_reader_is_read_on(clean: Stack) -> None:
+    """B-26."""
+    async with replica(clean) as one, _channel(clean) as channel:
+        one.reader.store(SessionStop, write_effects)
+        await one.reader.start()
+        await one.publisher.publish(stop("before"))
+        await until(lambda: _has(one, ["before"]))
+        await channel.queue_delete("queue.session.stop")
+
+        async def published() -> bool:
+            try:
+                await one.publisher.publish(stop("after"))
+            except NotPublished:  # nobody has made the queue again yet
+                return False
+            return True
+
+        await until(published)
+        await until(lambda: _has(one, ["after", "before"]))
+
+
+async def test_what_the_broker_gave_up_on_is_kept(clean: Stack) -> None:
+    """B-29: the delivery limit is a million, and what reaches it all the same is not lost."""
+    async with replica(clean) as one, _channel(clean) as channel:
+        one.reader.store_undeliverable()
+        await one.reader.start()
+        await channel.default_exchange.publish(aio_pika.Message(b"[given up]"), topology.DEAD_QUEUE)
+
+        async def kept() -> bool:
+            return [reason for reason, _ in await one.dead_letters()] == ["undeliverable"]
+
+        await until(kept)
+
+
+async def test_a_publish_that_the_driver_refuses_is_told(clean: Stack) -> None:
+    async with open_publisher(clean.settings()) as publisher:
+        kept = ItemKept(workspace_id="w", rev=1, queue_id=stop("x").fact_id, depth=1, position=1)
+        with pytest.raises(PublishUnknown, match="ValueError"):
+            await asyncio.wait_for(publisher.publish(kept, to="x" * 300), 5)
 
 
 async def test_what_waits_leaves_together(clean: Stack) -> None:
@@ -205,6 +264,10 @@ async def test_a_batch_from_elsewhere_is_read_like_our_own(clean: Stack) -> None
         exchange = await channel.get_exchange(topology.EXCHANGE)
         await exchange.publish(aio_pika.Message(encode_batch([encode(stop("by hand"))])), routing_key(SessionStop))
         await until(lambda: _has(one, ["by hand"]))
+
+
+async def _at_least(one: Replica, count: int) -> bool:
+    return len(await one.effects()) >= count
 
 
 async def _has(one: Replica, effects: list[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import stat
 from collections.abc import AsyncIterator
@@ -63,6 +64,16 @@ class FakeBide:
         return 200, {**told, "delivery_token": "delivery", "incarnation": len(self.registrations)}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            # An agent that stops may have connected and said nothing.
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                await self._serve(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
@@ -72,8 +83,6 @@ class FakeBide:
         if status:
             said = json.dumps(told).encode()
             writer.write(b"HTTP/1.1 %d x\r\ncontent-length: %d\r\n\r\n" % (status, len(said)) + said)
-        writer.close()
-        await writer.wait_closed()
 
 
 @asynccontextmanager

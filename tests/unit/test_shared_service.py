@@ -138,7 +138,9 @@ def own_logging() -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_logging")
 def test_a_log_line_is_json_with_service_replica_and_the_bound_facts(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = SharedSettings(database_url=SecretStr("x"), amqp_url=SecretStr("y"), replica_id="r1")
+    settings = SharedSettings(
+        database_url=SecretStr("postgresql://h/d"), amqp_url=SecretStr("amqp://h/"), replica_id="r1"
+    )
     start_logging("queue", settings)
     structlog.contextvars.bind_contextvars(fact="SessionStop")
     log.info("batch_stored", facts=3)

@@ -54,6 +54,27 @@ def test_a_secret_may_stand_in_a_file(tmp_path: Path) -> None:
     secret.write_text("postgresql://file\n")
     environ = {"BIDE_DATABASE_URL_FILE": str(secret), "BIDE_AMQP_URL": "amqp://h/"}
     assert load("queue", Settings, environ).database_url.get_secret_value() == "postgresql://file"
+    secret.write_bytes(b"\xff")
+    with pytest.raises(SettingsError, match="not UTF-8"):
+        load("queue", Settings, environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BIDE_DATABASE_URL", "postgresql://u:hun/ter2@h/d"),
+        ("BIDE_DATABASE_URL", "mysql://u:hunter2@h/d"),
+        ("BIDE_DATABASE_URL", "postgres:hunter2@h/d"),
+        ("BIDE_AMQP_URL", "postgresql://u:hunter2@h/d"),
+        ("BIDE_AMQP_URL", "amqp://u:hunter2@h:99999/"),
+        ("BIDE_INBOX_KEEP_S", "inf"),
+    ],
+)
+def test_what_a_driver_would_stumble_over_is_refused_without_showing_it(name: str, value: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load("queue", Settings, {**MINIMAL, name: value})
+    assert str(caught.value).startswith(f"{name}: ")
+    assert "hun" not in str(caught.value)
 
 
 def test_a_secret_file_that_is_missing_or_doubled_is_refused(tmp_path: Path) -> None:
