@@ -3,17 +3,67 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
+from services.proxy.api.a2a import A2A
+from services.proxy.api.card import Cards
+from services.proxy.api.door import Api, Door
+from services.proxy.api.finding import Finding
+from services.proxy.api.identity import Identity
+from services.proxy.api.keeping import Keeper
+from services.proxy.api.questions import Questions
+from services.proxy.api.queue import Queue
+from services.proxy.api.registry import Registrar
+from services.proxy.api.workspaces import Workspaces
+from services.proxy.copies import Copies
+from services.proxy.handlers import Handlers
+from services.proxy.loops import Beats, Reading
 from services.proxy.settings import Settings
-from shared.service import running, start
+from services.proxy.store import Store
+from shared.addresses import AddressRules
+from shared.agents import Agents
+from shared.loops import turning
+from shared.service import Service, running, start
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 async def main(settings: Settings) -> None:
-    async with running("proxy", settings, MIGRATIONS) as service:
+    door = Door()
+    async with running("proxy", settings, MIGRATIONS, app=door.app) as service, AsyncExitStack() as stack:
+        await wire(service, settings, door, stack)
         await service.serve()
+
+
+async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExitStack) -> Copies:
+    """Make the parts, join them, open the door; the stack takes them down in the opposite order."""
+    copies, store = Copies(settings.replica_id), Store(service.pool)
+    rules = AddressRules(allow_loopback=settings.allow_loopback)
+    agents = Agents(rules)
+    stack.push_async_callback(agents.close)
+    beats, reading = Beats(settings, copies, service.publisher), Reading(copies, store, service.publisher)
+    await reading.load()
+    Handlers(copies, reading.loop.wake).register(service.reader)
+    identity, questions = Identity(settings, copies, store), Questions(settings, copies, service.publisher)
+    finding, told = Finding(copies, store), service.relay.wake
+    api = Api(
+        a2a=A2A(
+            settings, copies, identity=identity, finding=finding, keeper=Keeper(settings, copies, service.publisher),
+            questions=questions, agents=agents, stopping=door.stopping, changed=beats.notify,
+        ),
+        registrar=Registrar(
+            settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher, told=told,
+            rules=rules,
+        ),
+        workspaces=Workspaces(settings, copies, identity=identity, finding=finding, store=store, told=told),
+        queue=Queue(finding, identity, questions),
+        cards=Cards(settings, finding, identity),
+    )  # fmt: skip
+    await stack.enter_async_context(turning([beats.loop, reading.loop]))
+    stack.push_async_callback(door.close, settings.drain_s)
+    door.open(api)
+    return copies
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""The description of the HTTP face: /openapi.json, and /docs, one static page that loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+from services.proxy.api.forms import Heartbeat, Patch, Register, UpdateCard
+
+_REF = "#/components/schemas/{model}"
+
+
+def _operation(
+    summary: str,
+    *,
+    ok: dict[str, str],
+    errors: tuple[int, ...],
+    body: str | None = None,
+    parameters: tuple[dict[str, Any], ...] = (),
+    rpc: bool = False,
+) -> dict[str, Any]:
+    kind = "application/json" if rpc else "application/problem+json"
+    failed = {"schema": {"$ref": "#/components/schemas/" + ("RpcError" if rpc else "Problem")}}
+    responses: dict[str, Any] = {
+        status: {"description": said, "content": {} if status == "304" else {"application/json": {}}}
+        for status, said in ok.items()
+    }
+    if rpc:
+        responses["200"]["content"]["text/event-stream"] = {}
+    responses |= {str(status): {"description": _ERRORS[status], "content": {kind: failed}} for status in errors}
+    operation: dict[str, Any] = {"summary": summary, "responses": responses, "security": [{"bearer": []}]}
+    if parameters:
+        operation["parameters"] = list(parameters)
+    if body is not None:
+        schema = {"$ref": f"#/components/schemas/{body}"}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation
+
+
+_ERRORS = {
+    400: "The request cannot be read",
+    401: "No token, or one that nobody has",
+    403: "Not allowed for this caller",
+    404: "There is no such thing, or it is another's",
+    405: "Another method",
+    408: "The body did not come in time",
+    409: "It stands against what is there",
+    410: "It was removed",
+    413: "The body is too large",
+    422: "A value is not what it must be",
+    429: "Too much waits: come again after Retry-After",
+    500: "A bug; the log says which",
+    502: "The agent gave no answer that can be passed on",
+    503: "Not now: come again after Retry-After",
+    504: "The agent took too long",
+    508: "The message goes in circles",
+}
+
+
+def _in_path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _in_query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "schema": schema}
+
+
+_WS, _ITEM = _in_path("workspace_id"), _in_path("queue_id")
+_PAGE = (_in_query("cursor", {"type": "string"}), _in_query("limit", {"type": "integer", "minimum": 1, "maximum": 500}))
+_LINE = (
+    _in_query("status", {"type": "string"}),
+    _in_query("priority", {"type": "string"}),
+    _in_query("caller", {"type": "string"}),
+)
+_WROTE = (400, 401, 403, 408, 413, 422, 500, 503)
+_A2A = (400, 401, 403, 404, 408, 409, 410, 413, 422, 429, 500, 502, 503, 504, 508)
+
+
+_W = "/workspaces/{workspace_id}"
+_Q = "/queue/{queue_id}"
+_CARD = "The agent's card at our origin"
+_OK = {"200": "Done"}
+_CARD_OK = {**_OK, "304": "As you have it"}
+_READ = (401, 403, 404, 500, 503)
+
+_TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("post", "/registry/register", _operation("Enrol an agent", ok=_OK, errors=(*_WROTE, 409, 410), body="Register")),
+    ("post", "/registry/heartbeat", _operation("Live", ok=_OK, errors=(*_WROTE, 404, 409, 410), body="Heartbeat")),
+    (
+        "post",
+        "/registry/update-card",
+        _operation("Swap the card", ok=_OK, errors=(*_WROTE, 404, 410), body="UpdateCard"),
+    ),
+    (
+        "get",
+        f"{_W}/.well-known/agent-card.json",
+        _operation(_CARD, ok=_CARD_OK, errors=(*_READ, 410), parameters=(_WS,)),
+    ),
+    ("get", f"{_W}/.well-known/agent.json", _operation(_CARD, ok=_CARD_OK, errors=(*_READ, 410), parameters=(_WS,))),
+    ("get", _Q, _operation("A kept message", ok=_OK, errors=_READ, parameters=(_ITEM,))),
+    ("delete", _Q, _operation("Cancel a waiting message", ok=_OK, errors=(*_READ, 409), parameters=(_ITEM,))),
+    ("get", f"{_Q}/answer", _operation("The agent's answer alone", ok=_OK, errors=(*_READ, 409), parameters=(_ITEM,))),
+    ("get", f"{_W}/queue", _operation("Who waits", ok=_OK, errors=(*_READ, 400), parameters=(_WS, *_LINE, *_PAGE))),
+    ("get", "/workspaces", _operation("All workspaces", ok=_OK, errors=(400, 401, 403, 500, 503), parameters=_PAGE)),
+    ("get", _W, _operation("What is known of it now", ok=_OK, errors=(*_READ, 410), parameters=(_WS,))),
+    ("patch", _W, _operation("Settings", ok=_OK, errors=(*_WROTE, 404, 410), body="Patch", parameters=(_WS,))),
+    ("post", f"{_W}/remove", _operation("Remove it for ever", ok=_OK, errors=(*_READ, 410), parameters=(_WS,))),
+    (
+        "post",
+        f"{_W}/a2a",
+        _operation(
+            "A2A JSON-RPC, 0.3 and 1.0 by the method's name",
+            ok={**_OK, "202": "Kept: it will be delivered"},
+            errors=_A2A,
+            body="RpcRequest",
+            parameters=(_WS,),
+            rpc=True,
+        ),
+    ),
+)
+
+
+def _paths() -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for method, path, operation in _TABLE:
+        paths.setdefault(path, {})[method] = operation
+    return paths
+
+
+def _schemas() -> dict[str, Any]:
+    schemas: dict[str, Any] = {}
+    for model in (Register, Heartbeat, UpdateCard, Patch):
+        schema = model.model_json_schema(ref_template=_REF)
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema
+    schemas["RpcRequest"] = {
+        "type": "object",
+        "required": ["method"],
+        "properties": {
+            "jsonrpc": {"const": "2.0"},
+            "id": {},
+            "method": {"type": "string"},
+            "params": {"type": "object"},
+        },
+    }
+    error = {"type": "object", "required": ["code", "message"]}
+    schemas["RpcError"] = {"type": "object", "required": ["error"], "properties": {"error": error}}
+    schemas["Problem"] = {"type": "object", "required": ["status", "title", "code", "detail"]}
+    return schemas
+
+
+DESCRIPTION: dict[str, Any] = {
+    "openapi": "3.1.0",
+    "info": {
+        "title": "Bide",
+        "version": "1",
+        "description": "Keeps AI agents reachable while they are busy, stuck or dead.",
+    },
+    "paths": _paths(),
+    "components": {"schemas": _schemas(), "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
+}
+OPENAPI = json.dumps(DESCRIPTION).encode()
+
+
+def _page() -> bytes:
+    rows = "".join(
+        f"<tr><td><code>{method.upper()}</code></td><td><code>{html.escape(path)}</code></td>"
+        f"<td>{html.escape(operation['summary'])}</td><td>{', '.join(operation['responses'])}</td></tr>"
+        for path, methods in DESCRIPTION["paths"].items()
+        for method, operation in methods.items()
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Bide</title>'
+        '<meta name="viewport" content="width=device-width"><style>body{font:16px/1.5 system-ui;margin:2rem auto;'
+        "max-width:70rem;padding:0 1rem}td{padding:.3rem .8rem;border-top:1px solid #8884;vertical-align:top}"
+        "table{border-collapse:collapse}</style></head><body><h1>Bide</h1>"
+        "<p>Send <code>Authorization: Bearer &lt;token&gt;</code> with every request. The whole description, with all "
+        'fields, is <a href="openapi.json">openapi.json</a>.</p>'
+        f"<table>{rows}</table></body></html>"
+    ).encode()
+
+
+DOCS = _page()

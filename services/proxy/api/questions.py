@@ -1,0 +1,157 @@
+"""Questions and commands to the queue service: asked over the bus, answered to this replica's own queue, within 2 s."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+from uuid import UUID
+
+from uuid_utils.compat import uuid7
+
+from services.proxy.api.identity import Caller
+from services.proxy.api.wire import own_id
+from services.proxy.copies import Copies
+from services.proxy.decide import Refuse
+from services.proxy.settings import Settings
+from shared import topology
+from shared.broker import NotPublished, Publisher, PublishUnknown
+from shared.facts import FLEET, Priority, QueryAnswered, QueueQuery
+
+AWAY = Refuse(503, "queue_away", "The queue service does not answer now. Ask again.", retry_after_s=2)
+NOT_YET = Refuse(
+    503, "not_yet_visible", "The id is new, and the queue has not read it yet. Ask again.", retry_after_s=1
+)
+NOBODYS = Refuse(404, "item_unknown", "There is no such message of yours. Check the id.", -32001)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the queue said: an HTTP status and a JSON object, as bytes."""
+
+    status: int
+    body: bytes
+
+    def read(self) -> dict[str, Any]:
+        said = json.loads(self.body)
+        return said if isinstance(said, dict) else {}
+
+
+class Questions:
+    """Asks the queue service."""
+
+    def __init__(self, settings: Settings, copies: Copies, publisher: Publisher) -> None:
+        self._settings = settings
+        self._copies = copies
+        self._publisher = publisher
+        self._reply_to = topology.route(QueryAnswered, "proxy").queue(settings.replica_id)
+
+    async def ask(
+        self,
+        verb: Literal["item", "list", "cancel", "answer"],
+        *,
+        caller_hash: bytes | None,
+        queue_id: UUID | None = None,
+        workspace_id: str = FLEET,
+        status: str | None = None,
+        priority: Priority | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+    ) -> Found | None:
+        """What the queue says; None: it does not answer. `caller_hash` None sees everybody's."""
+        timeout_s = self._settings.query_timeout_s
+        query = QueueQuery(
+            workspace_id=workspace_id,
+            rev=0,
+            query_id=uuid7(),
+            verb=verb,
+            queue_id=queue_id,
+            caller_hash=caller_hash,
+            status=status,
+            priority=priority,
+            cursor=cursor,
+            limit=limit,
+            expires_at=datetime.now(UTC) + timedelta(seconds=timeout_s),
+            reply_to=self._reply_to,
+        )
+        with self._copies.queries.asking(query.query_id) as answered:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._publisher.publish(query)
+                    said = await answered
+            except (TimeoutError, NotPublished, PublishUnknown):
+                return None
+        # 408: the queue met it after its deadline and did nothing.
+        return Found(said.status, said.body) if said.status != 408 else None  # noqa: PLR2004
+
+    async def item(self, queue_id: UUID, caller: Caller) -> Found | Refuse:
+        """One item as 2-http shapes it, also one that was promised here and is not read yet."""
+        found = await self.ask("item", queue_id=queue_id, caller_hash=scope(caller))
+        if found is not None and found.status == 200:  # noqa: PLR2004
+            return await self._followed(found, caller)
+        promised = self.promised(queue_id, caller)
+        if promised is not None:
+            return Found(200, json.dumps(promised).encode())
+        if found is None:
+            return AWAY
+        return await self.why_not(queue_id)
+
+    async def answer(self, queue_id: UUID, caller: Caller) -> bytes | Refuse:
+        """The agent's answer to an item, byte for byte."""
+        found = await self.ask("answer", queue_id=queue_id, caller_hash=scope(caller))
+        if found is None:
+            return AWAY
+        said = found.read()
+        if found.status != 200:  # noqa: PLR2004
+            return Refuse(found.status, str(said.get("code")), str(said.get("detail")), -32001)
+        return base64.b64decode(said["answer_base64"])
+
+    async def _followed(self, found: Found, caller: Caller) -> Found:
+        """A proposed id that turned out to be a duplicate stands for the first one's item."""
+        first = own_id(found.read().get("superseded_by"))
+        if first is None:
+            return found
+        there = await self.ask("item", queue_id=first, caller_hash=scope(caller))
+        return there if there is not None and there.status == 200 else found  # noqa: PLR2004
+
+    def promised(self, queue_id: UUID, caller: Caller) -> dict[str, Any] | None:
+        """The item of a promise that the queue has not shown yet."""
+        keep = self._copies.keeps.find(queue_id)
+        if keep is None or (not caller.is_operator and keep.caller_hash != caller.caller_hash):
+            return None
+        at = datetime.fromtimestamp(keep.promised_at, UTC).isoformat()
+        return {
+            "queue_id": str(keep.queue_id),
+            "workspace_id": keep.workspace_id,
+            "caller_id": keep.caller_id,
+            "status": "queued",
+            "reason": keep.reason,
+            "priority": keep.priority.value,
+            "position": None,
+            "why": "it was promised a moment ago and takes its place in line",
+            "attempts": 0,
+            "delivery_no": 0,
+            "enqueued_at": at,
+            "dispatched_at": None,
+            "ended_at": None,
+            "expires_at": None,
+            "retry_of": None,
+            "answer": None,
+            "answer_url": None,
+        }
+
+    async def why_not(self, queue_id: UUID) -> Refuse:
+        """Why the queue does not show this id to this caller: it is nobody's, another's, or too new to be there."""
+        age_s = datetime.now(UTC).timestamp() - (queue_id.int >> 80) / 1000
+        if age_s > self._settings.not_yet_visible_s:
+            return NOBODYS
+        there = await self.ask("item", queue_id=queue_id, caller_hash=None)
+        return NOBODYS if there is not None and there.status == 200 else NOT_YET  # noqa: PLR2004
+
+
+def scope(caller: Caller) -> bytes | None:
+    """Whose items this caller may see."""
+    return None if caller.is_operator else caller.caller_hash

@@ -1,0 +1,73 @@
+"""What the policy of §1 is asked: everything this replica knows about a message's workspace at this moment."""
+
+from __future__ import annotations
+
+import time
+
+from services.proxy.api.finding import presence
+from services.proxy.api.message import Message, Wish
+from services.proxy.api.wire import Request
+from services.proxy.copies import Copies
+from services.proxy.decide import Arrival, Head, InFlight, Share, Standing, Workspace
+from services.proxy.settings import Settings
+
+
+class Situation:
+    """Reads the copies."""
+
+    def __init__(self, settings: Settings, copies: Copies) -> None:
+        self._settings = settings
+        self._copies = copies
+
+    def head(self, request: Request, workspace: Workspace | None, standing: Standing) -> Head:
+        said = request.headers.get(b"x-bide-hops", b"0").strip()
+        hops = int(said) if said.isdigit() and len(said) < 10 else None  # noqa: PLR2004 - no number of hops
+        return Head(presence=presence(workspace), standing=standing, hops=hops, hops_max=self._settings.hops_max)
+
+    def arrival(self, head: Head, message: Message, workspace: Workspace) -> Arrival:
+        now = time.time()
+        copies, workspace_id = self._copies, workspace.workspace_id
+        view, use = copies.backlogs.view(workspace_id), copies.uses.of(workspace_id)
+        pending = copies.keeps.pending(workspace_id)
+        key = (workspace_id, message.caller.caller_hash, message.key_hash)
+        in_flight = InFlight.NO
+        if message.has_key:
+            in_flight = copies.flights.look(key, message.envelope.method, message.body_hash)
+        status = copies.registry.status(workspace)
+        own_not_before = message.not_before.timestamp() if message.not_before else None
+        return Arrival(
+            head=head,
+            priority=message.priority,
+            may_critical="critical" in message.caller.rights,
+            in_flight=in_flight,
+            keyed=message.explicit_key,
+            repeated=message.repeated,
+            key_running=use.runs_key(message.key_hash, now),
+            limited_wait=message.wish is Wish.LIMITED,
+            to_itself=message.caller.caller_id == workspace_id,
+            queue_first=workspace.settings.get("admission") == "queue_first",
+            share=self._share(message, workspace, view.waiting + pending),
+            backlog=view.waiting + pending,
+            copied_at=copies.backlogs.copied_at(workspace_id),
+            copy_stale_s=self._settings.copy_stale_s,
+            paused=workspace.paused or workspace.desired == "stopped",
+            status=status.status if status else None,
+            gate_closed=view.gate_closed,
+            has_url=bool(workspace.url),
+            not_before=max(filter(None, (view.not_before, own_not_before)), default=None),
+            in_use=use.in_use(now),
+            in_use_max=use.max_concurrent or workspace.max_concurrent,
+            now=now,
+        )
+
+    def _share(self, message: Message, workspace: Workspace, depth: int) -> Share:
+        if not depth:
+            return Share(depth_max=self._depth_max(workspace))
+        own, others = self._copies.keeps.share(workspace.workspace_id, message.caller.caller_hash)
+        own = min(own, depth)
+        # What waits and was not kept here is somebody's, and most likely not this caller's alone.
+        return Share(depth=depth, depth_max=self._depth_max(workspace), callers=own, others=max(others, depth - own))
+
+    def _depth_max(self, workspace: Workspace) -> int:
+        said = workspace.settings.get("queue_depth_max")
+        return int(said) if said is not None else self._settings.queue_depth_max

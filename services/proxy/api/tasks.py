@@ -1,0 +1,142 @@
+"""A2A's task methods. A task whose id is ours is answered from its item; every other belongs to the agent.
+
+Each is scoped to its caller: what is another's does not exist (-32001).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from uuid import UUID
+
+from services.proxy.api.answers import result_body, task_of_item
+from services.proxy.api.identity import Caller
+from services.proxy.api.outgoing import Addresser
+from services.proxy.api.questions import AWAY, NOBODYS, NOT_YET, Found, Questions, scope
+from services.proxy.api.rendering import EVENT_STREAM, CallerSink, broken
+from services.proxy.api.wire import Request, Response, own_id, rpc_error
+from services.proxy.decide import Refuse, Workspace
+from services.proxy.forward import Broken, Passed, forward
+from services.proxy.settings import Settings
+from shared.a2a import Envelope, Verb
+from shared.agents import Agents
+from shared.results import read_result
+
+_OURS = (Verb.GET, Verb.CANCEL, Verb.SUBSCRIBE)
+_NO_SUCH_TASK = -32001
+NOT_CANCELABLE = Refuse(409, "not_cancelable", "The task has ended, and stays as it is.", -32002)
+NO_AGENT = Refuse(
+    503, "no_agent", "Its agent is reachable nowhere now. Send messages: those are kept.", retry_after_s=30
+)
+
+
+class Tasks:
+    """Everything on the A2A route that is no message."""
+
+    def __init__(self, questions: Questions, addresser: Addresser, agents: Agents, settings: Settings) -> None:
+        self._questions = questions
+        self._addresser = addresser
+        self._agents = agents
+        self._settings = settings
+
+    async def __call__(
+        self, request: Request, caller: Caller, workspace: Workspace, envelope: Envelope, hops: int
+    ) -> str:
+        queue_id = own_id(envelope.task_id) if envelope.verb in _OURS else None
+        item = await self._questions.item(queue_id, caller) if queue_id is not None else NOBODYS
+        if isinstance(item, Found) and queue_id is not None:
+            response = await self._ours(item, queue_id, caller, workspace, envelope)
+            await response.send(request.send)
+            return "answered" if response.status < 400 else "refused"  # noqa: PLR2004
+        return await self._agents_own(request, workspace, envelope, hops, unsure=item is not NOBODYS)
+
+    async def _ours(
+        self, item: Found, queue_id: UUID, caller: Caller, workspace: Workspace, envelope: Envelope
+    ) -> Response:
+        request_id = envelope.request_id or "null"
+        modern = "/" not in envelope.method
+        said = await self._whole(item, caller)
+        if said.get("workspace_id") != workspace.workspace_id:
+            return rpc_error(NOBODYS, request_id)
+        if envelope.verb is Verb.CANCEL:
+            canceled = await self._cancel(queue_id, caller)
+            if isinstance(canceled, Refuse):
+                return rpc_error(canceled, request_id)
+            said = canceled
+        found = {**task_of_item(said, modern=modern), "id": str(queue_id)}
+        if envelope.verb is Verb.SUBSCRIBE:
+            body = result_body({"task": found} if modern else found, request_id)
+            return Response(200, b"data: " + body + b"\n\n", EVENT_STREAM, [(b"cache-control", b"no-cache")])
+        return Response(200, result_body(found, request_id))
+
+    async def _whole(self, item: Found, caller: Caller) -> dict[str, object]:
+        """The item with its answer, also where that is too large to ride along."""
+        said = item.read()
+        item_id = own_id(said.get("queue_id"))
+        if said.get("answer") is None and said.get("answer_url") is not None and item_id is not None:
+            answer = await self._questions.answer(item_id, caller)
+            if isinstance(answer, bytes):
+                with contextlib.suppress(ValueError):
+                    said["answer"] = json.loads(answer)
+        return said
+
+    async def _cancel(self, queue_id: UUID, caller: Caller) -> dict[str, object] | Refuse:
+        """The item after the cancel. One that its agent has is asked to end, and says so when it has."""
+        done = await self._questions.ask("cancel", queue_id=queue_id, caller_hash=scope(caller))
+        match done and done.status:
+            case None:
+                return AWAY
+            case 200 | 202:
+                return done.read() if done else {}
+            case 404:  # promised here, and not read by the queue yet
+                return NOT_YET
+            case _:
+                return NOT_CANCELABLE
+
+    async def _agents_own(
+        self, request: Request, workspace: Workspace, envelope: Envelope, hops: int, *, unsure: bool
+    ) -> str:
+        """Pass it on. `unsure`: the id may be one of ours that cannot be seen now: "no such task" is not the answer."""
+        request_id = envelope.request_id or "null"
+        if not workspace.url:
+            await rpc_error(NO_AGENT, request_id).send(request.send)
+            return "failed"
+        added = {"jsonrpc": "2.0"} if "jsonrpc" not in envelope.spans else {}
+        outgoing = self._addresser.outgoing(request, workspace, envelope.with_values(added), hops=hops, queue_id=None)
+        caller_sink = CallerSink(request.send, self._settings.caller_stall_s)
+        # A subscription may last: it is not held back.
+        sink = _Held(caller_sink) if unsure and envelope.verb is not Verb.SUBSCRIBE else None
+        ending = await forward(self._agents, outgoing, sink or caller_sink, keepable=False)
+        if isinstance(ending, Broken):
+            await broken(ending.verdict, request_id, workspace.workspace_id).send(request.send)
+            return "failed"
+        if sink is not None and isinstance(ending, Passed):
+            if ending.recorded is not None and read_result(ending.recorded).error_code == _NO_SUCH_TASK:
+                await rpc_error(NOT_YET, request_id).send(request.send)
+                return "failed"
+            await sink.release()
+        return "answered"
+
+
+class _Held:
+    """Holds a short answer back until it has been looked at."""
+
+    def __init__(self, sink: CallerSink) -> None:
+        self._sink = sink
+        self._start: tuple[int, list[tuple[bytes, bytes]], int | None] | None = None
+        self._pieces: list[bytes] = []
+
+    async def start(self, status: int, headers: object, length: int | None) -> None:
+        assert isinstance(headers, list)
+        self._start = (status, headers, length)
+
+    async def write(self, chunk: bytes, *, more: bool) -> None:  # noqa: ARG002 - it ends when it is released
+        self._pieces.append(chunk)
+
+    def cut(self) -> None:
+        self._sink.cut()
+
+    async def release(self) -> None:
+        assert self._start is not None
+        await self._sink.start(*self._start)
+        await self._sink.write(b"".join(self._pieces), more=False)

@@ -1,0 +1,183 @@
+"""Workspaces for their owners and operators: what is known of them now, their settings, their end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from services.proxy.api.finding import Finding, presence
+from services.proxy.api.forms import Patch
+from services.proxy.api.identity import Caller, Identity, display
+from services.proxy.api.wire import Refused, Request, Response, answer, validated
+from services.proxy.copies import Copies
+from services.proxy.decide import Head, Refuse, Workspace, admit
+from services.proxy.settings import Settings
+from services.proxy.store import Audit, Store
+from shared.telemetry import log
+
+PAGE_MAX = 500
+
+
+COLUMNS = frozenset({"paused", "pause_note", "desired", "runtime", "agent_authorization"})
+_OPERATORS = frozenset({"runtime", "agent_authorization"})
+"""An agent's owner never chooses what liveness runs, nor as whom we speak to it."""
+
+
+class Workspaces:
+    """The routes, bound to what they touch."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        copies: Copies,
+        *,
+        identity: Identity,
+        finding: Finding,
+        store: Store,
+        told: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._copies = copies
+        self._identity = identity
+        self._finding = finding
+        self._store = store
+        self._told = told
+
+    async def list(self, request: Request) -> Response:
+        """Every workspace, by id; `cursor` is the last id of the page before."""
+        await self._identity.require_operator(request)
+        query = request.query()
+        limit = _limit(query.get("limit"))
+        after = query.get("cursor", "")
+        rows = [row for row in self._copies.registry.all() if row.workspace_id > after and not row.removed]
+        page = rows[:limit]
+        more = len(rows) > limit
+        return answer(
+            200,
+            {
+                "items": [self._show(row) for row in page],
+                "next_cursor": page[-1].workspace_id if more else None,
+            },
+        )
+
+    async def show(self, request: Request, workspace_id: str) -> Response:
+        caller = await self._identity.require(request)
+        workspace = await self._owned(caller, workspace_id)
+        return answer(200, self._show(workspace))
+
+    async def patch(self, request: Request, workspace_id: str) -> Response:
+        """Change what is named; the answer is the workspace as it is now."""
+        caller = await self._identity.require(request)
+        await self._owned(caller, workspace_id)
+        body = await request.body(self._settings.body_bytes_max, self._settings.body_read_s)
+        patch = validated(Patch, body)
+        named = patch.model_fields_set
+        if named & _OPERATORS and not caller.is_operator:
+            sentence = f"Only an operator may set {', '.join(sorted(named & _OPERATORS))}."
+            raise Refused(Refuse(403, "operator_only", sentence))
+        changes = _changes(patch)
+        workspace = await self._store.patch(workspace_id, changes, Audit(caller.caller_id, "patch", _shown(changes)))
+        if workspace is None:
+            raise Refused(_gone(self._copies.registry.find(workspace_id)))
+        self._copies.registry.put(workspace)
+        self._told()
+        log.info("workspace_changed", workspace_id=workspace_id, changed=sorted(named), rev=workspace.rev)
+        return answer(200, self._show(workspace))
+
+    async def remove(self, request: Request, workspace_id: str) -> Response:
+        """Remove it for ever; twice is once."""
+        caller = await self._identity.require_operator(request)
+        if await self._finding.find(workspace_id) is None:
+            raise Refused(_gone(None))
+        workspace = await self._store.remove(workspace_id, Audit(caller.caller_id, "remove", {}))
+        if workspace is not None:
+            self._copies.registry.put(workspace)
+            self._told()
+            log.info("workspace_removed", workspace_id=workspace_id, rev=workspace.rev)
+        return answer(200, {"workspace_id": workspace_id, "status": "removed"})
+
+    async def _owned(self, caller: Caller, workspace_id: str) -> Workspace:
+        """The workspace, if the caller is an operator or enrolled it. Others do not learn that it is there."""
+        workspace = await self._finding.find(workspace_id)
+        if workspace is None or not (caller.is_operator or caller.caller_id == workspace.owner_caller):
+            raise Refused(_gone(None))
+        if workspace.removed:
+            raise Refused(_gone(workspace))
+        return workspace
+
+    def _show(self, workspace: Workspace) -> dict[str, Any]:
+        now = time.time()
+        use = self._copies.uses.of(workspace.workspace_id)
+        view = self._copies.backlogs.view(workspace.workspace_id)
+        in_use = use.in_use(now)
+        in_use_max = use.max_concurrent or workspace.max_concurrent
+        status, reason = self._status(workspace, in_use >= in_use_max, now)
+        pending = self._copies.keeps.pending(workspace.workspace_id)
+        return {
+            "workspace_id": workspace.workspace_id,
+            "status": status,
+            "status_reason": reason,
+            "url": workspace.url or None,
+            "owner": workspace.owner_caller,
+            "max_concurrent_tasks": in_use_max,
+            "in_use": in_use,
+            "heartbeat_age_s": round(now - use.beat.at, 3) if use.beat else None,
+            "incarnation": workspace.incarnation,
+            "rev": workspace.rev,
+            "settings": dict(workspace.settings),
+            "capabilities": list(workspace.capabilities),
+            "paused": workspace.paused,
+            "pause_note": workspace.pause_note,
+            "desired": workspace.desired,
+            "has_agent_authorization": workspace.agent_authorization is not None,
+            "sessions": [
+                {"session_id": each.session_id, "kind": "delivery", "started_at": each.started_at.isoformat()}
+                for each in view.running
+            ]
+            + [{"session_id": each, "kind": "live_forward"} for each in use.own],
+            "queue": {"depth": view.waiting + pending},
+        }
+
+    def _status(self, workspace: Workspace, is_full: bool, now: float) -> tuple[str, str]:
+        """Liveness' word where there is one; else what the beats say."""
+        use = self._copies.uses.of(workspace.workspace_id)
+        said = self._copies.registry.status(workspace)
+        if workspace.paused:
+            return "paused", workspace.pause_note or "it was paused"
+        if said is not None:
+            return said.status, said.reason
+        if workspace.settings.get("heartbeat") != "none":
+            if use.beat is None:
+                return "offline", "it has not sent a heartbeat that this replica knows of"
+            if not use.beat.is_fresh(now):
+                return "offline", f"its last heartbeat came {now - use.beat.at:.0f} s ago"
+        return ("busy", "everything it can do at once is in use") if is_full else ("online", "it can take a message")
+
+
+def _limit(said: str | None) -> int:
+    if said is None:
+        return 100
+    if not said.isdigit() or not 1 <= int(said[:9]) <= PAGE_MAX:
+        raise Refused(Refuse(400, "bad_value", f"limit is a number from 1 to {PAGE_MAX}."))
+    return int(said)
+
+
+def _gone(workspace: Workspace | None) -> Refuse:
+    refuse = admit(Head(presence=presence(workspace)))
+    assert refuse is not None, "neither is let in"
+    return refuse
+
+
+def _changes(patch: Patch) -> dict[str, Any]:
+    said = {name: getattr(patch, name) for name in patch.model_fields_set}
+    changes: dict[str, Any] = {name: value for name, value in said.items() if name in COLUMNS}
+    if changes.get("pause_note"):
+        changes["pause_note"] = display(changes["pause_note"])
+    changes["settings"] = {name: value for name, value in said.items() if name not in COLUMNS}
+    return changes
+
+
+def _shown(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """For the record: what changed, but not what nobody may read."""
+    return {name: "…" if name == "agent_authorization" else value for name, value in changes.items()}

@@ -1,0 +1,33 @@
+"""What a replica of proxy holds in memory, so that its hot routes ask nobody: copies of others' things, its own calls.
+
+Each copy is fed by facts (`handlers.py`), says how old it is, and is healed by the next snapshot. There is no I/O here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.proxy.copies.backlogs import Backlogs
+from services.proxy.copies.flights import Flights
+from services.proxy.copies.keeps import Keeps
+from services.proxy.copies.queries import Queries
+from services.proxy.copies.registry import Registry
+from services.proxy.copies.uses import Uses
+
+__all__ = ["Backlogs", "Copies", "Flights", "Keeps", "Queries", "Registry", "Uses"]
+
+
+@dataclass(slots=True)
+class Copies:
+    """All of them."""
+
+    replica_id: str
+    registry: Registry = field(default_factory=Registry)
+    backlogs: Backlogs = field(default_factory=Backlogs)
+    keeps: Keeps = field(default_factory=Keeps)
+    flights: Flights = field(default_factory=Flights)
+    queries: Queries = field(default_factory=Queries)
+    uses: Uses = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.uses = Uses(self.replica_id)

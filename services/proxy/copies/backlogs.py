@@ -1,0 +1,105 @@
+"""What waits and runs in each workspace, as the queue service last said.
+
+A change replaces a workspace's view, a complete snapshot all of them: who is in none of its parts has nothing waiting
+and nothing running. The age counts from when it was true (`occurred_at`), not from when it was heard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from uuid import UUID
+
+from shared.facts import Backlog, BacklogSnapshot, Running, WorkspaceBacklog
+
+_PARTIAL_MAX = 8
+"""Snapshots that are not complete yet; older ones never will be."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One workspace, at the moment `at`."""
+
+    rev: int = 0
+    at: float = 0.0
+    waiting: int = 0
+    gate_closed: bool = False
+    gate_generation: int = 0
+    not_before: float | None = None
+    running: tuple[Running, ...] = ()
+
+
+NOTHING = View()
+
+
+@dataclass(slots=True)
+class _Partial:
+    parts: dict[int, BacklogSnapshot] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Backlogs:
+    """Every workspace that ever had a backlog."""
+
+    snapshot_at: float | None = None
+    """Of the last complete snapshot; None: there never was one, so nothing is known."""
+    _views: dict[str, View] = field(default_factory=dict)
+    _partial: dict[UUID, _Partial] = field(default_factory=dict)
+
+    def view(self, workspace_id: str) -> View:
+        return self._views.get(workspace_id, NOTHING)
+
+    def copied_at(self, workspace_id: str) -> float | None:
+        """When what is known of this workspace was true."""
+        if self.snapshot_at is None:
+            return None
+        return max(self.snapshot_at, self.view(workspace_id).at)
+
+    def hear(self, fact: WorkspaceBacklog) -> bool:
+        """Apply a change; say whether it was news."""
+        return self._apply(fact.workspace_id, fact, rev=fact.rev, at=fact.occurred_at.timestamp())
+
+    def hear_part(self, fact: BacklogSnapshot) -> list[str] | None:
+        """Apply a snapshot once it is complete: the workspaces that it changed. None: parts are missing."""
+        partial = self._partial.setdefault(fact.snapshot_id, _Partial())
+        partial.parts[fact.part] = fact
+        if len(partial.parts) < fact.parts:
+            while len(self._partial) > _PARTIAL_MAX:
+                del self._partial[next(iter(self._partial))]
+            return None
+        del self._partial[fact.snapshot_id]
+        return self._apply_snapshot(partial.parts.values())
+
+    def _apply_snapshot(self, parts: Iterable[BacklogSnapshot]) -> list[str]:
+        parts = list(parts)
+        at = min(part.occurred_at.timestamp() for part in parts)
+        named = {each.workspace_id: each for part in parts for each in part.backlogs}
+        changed = [name for name, each in named.items() if self._apply(name, each, rev=each.rev, at=at)]
+        for name, view in self._views.items():
+            if name not in named and view.at < at and _says_something(view):
+                # Its rev stays, so that a late change from before the snapshot is still old.
+                self._views[name] = View(rev=view.rev, at=at)
+                changed.append(name)
+        self.snapshot_at = max(at, self.snapshot_at or at)
+        return changed
+
+    def _apply(self, workspace_id: str, said: Backlog, *, rev: int, at: float) -> bool:
+        known = self._views.get(workspace_id)
+        if known is not None and rev <= known.rev:
+            if rev == known.rev and at > known.at:
+                self._views[workspace_id] = replace(known, at=at)
+            return False
+        self._views[workspace_id] = View(
+            rev=rev,
+            at=at,
+            waiting=said.waiting,
+            gate_closed=said.gate_closed,
+            gate_generation=said.gate_generation,
+            not_before=said.not_before.timestamp() if said.not_before else None,
+            running=tuple(said.running),
+        )
+        return True
+
+
+def _says_something(view: View) -> bool:
+    return bool(view.waiting or view.running or view.gate_closed or view.not_before)

@@ -1,0 +1,236 @@
+"""How much of each agent is in use: its own count, our live forwards, those of other proxies, and deliveries.
+
+Counted as things happen, so that asking costs nothing per forward that ended long ago. The rule itself is
+`shared/capacity.py`. It also holds what this replica tells the others (ProxyBeat).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from services.proxy.copies.backlogs import View
+from shared.capacity import FORWARDS_FRESH_S, Beat, counts_as_ended, in_use
+from shared.facts import Ended, ProxyBeat, Running, WorkspaceHeartbeat
+
+ENDED_KEEP_S = 60.0
+_ENDED_MAX = 256
+"""Ended forwards that are remembered per workspace. Beyond it a beat may count a little too much."""
+_NOT_BEGUN = frozenset({"busy", "not_delivered"})
+_MAY_GO_ON = frozenset({"unknown", "accepted"})
+"""Begun, and not known to have ended: the agent's next beat will tell."""
+
+
+@dataclass(slots=True)
+class LiveForward:
+    """One message on its way through this replica."""
+
+    workspace_id: str
+    session_id: str
+    key_hash: bytes
+    started_at: float
+
+
+@dataclass(slots=True)
+class _Ended:
+    session_id: str
+    outcome: str
+    started_at: float
+    ended_at: float
+
+
+@dataclass(slots=True)
+class _Peer:
+    """Another proxy's forwards, and how they count against the beat that is known."""
+
+    rev: int
+    at: float
+    beat: ProxyBeat
+    started: int = 0
+    ended: int = 0
+
+
+@dataclass(slots=True)
+class Use:
+    """One agent."""
+
+    incarnation: int = 0
+    beat: Beat | None = None
+    beat_rev: int = 0
+    heard_at: float = 0.0
+    """`time.monotonic()` of the last beat: a silent turn of an agent that beats is not cut."""
+    max_concurrent: int | None = None
+    """What its last beat said, if it said something."""
+    own: dict[str, LiveForward] = field(default_factory=dict)
+    ended: deque[_Ended] = field(default_factory=lambda: deque(maxlen=_ENDED_MAX))
+    peers: dict[str, _Peer] = field(default_factory=dict)
+    deliveries: tuple[Running, ...] = ()
+    delivered: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_ENDED_MAX))
+    """(started, ended) of deliveries that a newer backlog no longer shows."""
+    started_since: int = 0
+    ended_since: int = 0
+    delivering_since: int = 0
+
+    def in_use(self, now: float) -> int:
+        """Tasks that the agent has in hand, as far as this replica knows."""
+        running = len(self.own) + len(self.deliveries)
+        started = self.started_since + self.delivering_since
+        ended = self.ended_since
+        for peer in self.peers.values():
+            if now - peer.at < FORWARDS_FRESH_S:
+                running += len(peer.beat.forwards)
+                started += peer.started
+                ended += peer.ended
+        return in_use(now=now, beat=self.beat, running=running, started_since=started, ended_since=ended)
+
+    def runs_key(self, key_hash: bytes, now: float) -> bool:
+        """Whether a delivery, or a live forward of another proxy, has this key."""
+        if any(delivery.key_hash == key_hash for delivery in self.deliveries):
+            return True
+        return any(
+            forward.key_hash == key_hash
+            for peer in self.peers.values()
+            if now - peer.at < FORWARDS_FRESH_S
+            for forward in peer.beat.forwards
+        )
+
+    def renew(self, incarnation: int) -> None:
+        """Another life: what the last one said of itself is void."""
+        if incarnation > self.incarnation:
+            self.incarnation, self.beat, self.max_concurrent = incarnation, None, None
+
+    def hear_heartbeat(self, fact: WorkspaceHeartbeat) -> None:
+        if fact.incarnation < self.incarnation or fact.rev <= self.beat_rev:
+            return
+        self.incarnation = fact.incarnation
+        self.beat_rev = fact.rev
+        self.beat = Beat(fact.active_tasks, fact.rev / 1e6, fact.cadence_s)
+        self.heard_at = time.monotonic()
+        self.max_concurrent = fact.max_concurrent_tasks
+        self.recount()
+
+    def hear_peer(self, fact: ProxyBeat) -> None:
+        known = self.peers.get(fact.proxy_id)
+        if known is not None and fact.rev <= known.rev:
+            return
+        if not fact.forwards and not fact.ended:
+            self.peers.pop(fact.proxy_id, None)
+            return
+        peer = self.peers[fact.proxy_id] = _Peer(fact.rev, fact.occurred_at.timestamp(), fact)
+        self._recount_peer(peer)
+
+    def hear_backlog(self, view: View) -> None:
+        """Deliveries that are no longer named have ended; one that came back busy counts so too, as begun and ended."""
+        named = {delivery.session_id for delivery in view.running}
+        gone = [delivery for delivery in self.deliveries if delivery.session_id not in named]
+        self.delivered.extend((delivery.started_at.timestamp(), view.at) for delivery in gone)
+        self.deliveries = view.running
+        self.recount()
+
+    def recount(self) -> None:
+        """Count anew against the beat: at every new beat and backlog, never per forward."""
+        if self.beat is None:
+            return
+        at = self.beat.at
+        begun = [forward.started_at for forward in self.own.values()]
+        begun += [each.started_at for each in self.ended if each.outcome not in _NOT_BEGUN]
+        self.started_since = sum(started > at for started in begun) + sum(started > at for started, _ in self.delivered)
+        self.ended_since = sum(
+            counts_as_ended(each.ended_at, at)
+            for each in self.ended
+            if each.outcome not in _NOT_BEGUN and each.outcome not in _MAY_GO_ON
+        ) + sum(counts_as_ended(ended, at) for _, ended in self.delivered)
+        self.delivering_since = sum(delivery.started_at.timestamp() > at for delivery in self.deliveries)
+        for peer in self.peers.values():
+            self._recount_peer(peer)
+
+    def _recount_peer(self, peer: _Peer) -> None:
+        if self.beat is None:
+            return
+        at = self.beat.at
+        begun = [each for each in peer.beat.ended if each.outcome not in _NOT_BEGUN]
+        peer.started = sum(each.started_at.timestamp() > at for each in peer.beat.forwards)
+        peer.started += sum(each.started_at.timestamp() > at for each in begun)
+        peer.ended = sum(
+            counts_as_ended(each.ended_at.timestamp(), at) for each in begun if each.outcome not in _MAY_GO_ON
+        )
+
+
+class Uses:
+    """All agents, and what of them is to be told."""
+
+    def __init__(self, replica_id: str) -> None:
+        self._replica_id = replica_id
+        self._uses: dict[str, Use] = {}
+        self._rev = 0
+        self.changed: set[str] = set()
+        """Workspaces whose forwards have changed since they were told."""
+        self.lively: dict[str, float] = {}
+        """Workspaces with live forwards, or with ones that ended lately → when the last beat about them left."""
+
+    def of(self, workspace_id: str) -> Use:
+        found = self._uses.get(workspace_id)
+        if found is None:
+            found = self._uses[workspace_id] = Use()
+        return found
+
+    def begin(self, forward: LiveForward) -> None:
+        use = self.of(forward.workspace_id)
+        use.own[forward.session_id] = forward
+        use.started_since += 1
+        self.changed.add(forward.workspace_id)
+
+    def end(self, forward: LiveForward, outcome: str, ended_at: float) -> None:
+        use = self.of(forward.workspace_id)
+        del use.own[forward.session_id]
+        use.ended.append(_Ended(forward.session_id, outcome, forward.started_at, ended_at))
+        if outcome in _NOT_BEGUN:
+            after_beat = use.beat is None or forward.started_at > use.beat.at
+            use.started_since -= after_beat
+        elif outcome not in _MAY_GO_ON:
+            use.ended_since += 1
+        self.changed.add(forward.workspace_id)
+
+    def running(self) -> int:
+        return sum(len(self._uses[name].own) for name in self.lively.keys() | self.changed)
+
+    def forget_ended(self, workspace_id: str, now: float) -> None:
+        ended = self.of(workspace_id).ended
+        while ended and ended[0].ended_at < now - ENDED_KEEP_S:
+            ended.popleft()
+
+    def beat(self, workspace_id: str, gate_generation: int, now: float) -> ProxyBeat:
+        """This replica's part of the beat for one workspace, under the next number."""
+        self.forget_ended(workspace_id, now)
+        use = self.of(workspace_id)
+        self._rev += 1
+        return ProxyBeat(
+            workspace_id=workspace_id,
+            rev=self._rev,
+            proxy_id=self._replica_id,
+            forwards=_running(use.own.values()),
+            ended=[
+                Ended(
+                    session_id=each.session_id,
+                    outcome=each.outcome,
+                    started_at=_moment(each.started_at),
+                    ended_at=_moment(each.ended_at),
+                )
+                for each in use.ended
+            ],
+            gate_generation=gate_generation,
+        )
+
+
+def _running(forwards: Iterable[LiveForward]) -> Sequence[Running]:
+    return [
+        Running(session_id=each.session_id, key_hash=each.key_hash, started_at=_moment(each.started_at))
+        for each in forwards
+    ]
+
+
+def _moment(at: float) -> datetime:
+    return datetime.fromtimestamp(at, UTC)

@@ -1,0 +1,221 @@
+"""A live forward: the message goes straight to its agent, and what comes back straight to the caller.
+
+Nothing is passed on before it is known not to be busy: an answer that is no stream and no success is read whole first.
+From the first byte that the caller gets, everything is the caller's. Its leaving changes nothing here (A-P-05).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol
+
+from shared.agents import AgentError, Agents, Exchange, Limits
+from shared.outcomes import Answer, Fault, Outcome, Verdict
+from shared.replies import classify
+from shared.results import Kind, Result, read_result
+
+JUDGED_BYTES_MAX = 1 << 16
+"""An answer is held back until it is whole or this long: no agent says `busy` in more bytes."""
+RECORDED_BYTES_MAX = 1 << 20
+"""What is remembered of an answer for those who sent the same message meanwhile."""
+_BACK = frozenset({Outcome.BUSY, Outcome.NOT_DELIVERED, Outcome.PREEMPTED})
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
+        b"trailer", b"transfer-encoding", b"upgrade", b"content-length", b"date", b"server",
+    }
+)  # fmt: skip
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class Sink(Protocol):
+    """Where an answer goes. It never raises: a caller that is gone is its own business."""
+
+    async def start(self, status: int, headers: Headers, length: int | None) -> None: ...
+    async def write(self, chunk: bytes, *, more: bool) -> None: ...
+    def cut(self) -> None:
+        """End the connection instead of the answer, so that what is missing is not taken for the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """What goes to the agent."""
+
+    url: str
+    body: bytes
+    headers: Headers
+    limits: Limits
+    last_life: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """The caller has the agent's answer; `recorded` is it, unless it is too large for those who joined."""
+
+    verdict: Verdict
+    status: int
+    headers: Headers
+    recorded: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """Busy, not delivered or preempted: nothing was passed on, the message is to be kept."""
+
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Nothing was passed on, and there is no answer of the agent that could be."""
+
+    verdict: Verdict
+
+
+Ending = Passed | Back | Broken
+
+
+async def forward(agents: Agents, outgoing: Outgoing, sink: Sink, *, keepable: bool = True) -> Ending:
+    """Send and pass on. `keepable` False: what is no message is not kept, so a busy answer is passed on as well."""
+    try:
+        exchange = await agents.send(
+            outgoing.url, outgoing.body, outgoing.headers, limits=outgoing.limits, last_life=outgoing.last_life
+        )
+    except AgentError as error:
+        verdict = _classify(error)
+        return Back(verdict) if keepable and verdict.outcome in _BACK else Broken(verdict)
+    async with exchange:
+        if _is_stream(exchange):
+            return await _stream(exchange, sink)
+        return await _answer(exchange, sink, keepable=keepable)
+
+
+async def _answer(exchange: Exchange, sink: Sink, *, keepable: bool) -> Ending:
+    tape = _Tape()
+    whole = True
+    try:
+        async for chunk in exchange.chunks():
+            tape.add(chunk)
+            if tape.size > JUDGED_BYTES_MAX:
+                whole = False
+                break
+    except AgentError as error:
+        return Broken(_classify(error))
+    body = tape.bytes() if whole else None
+    verdict = classify(_answered(exchange, body), now=datetime.now(UTC))
+    if keepable and verdict.outcome in _BACK:
+        return Back(verdict)
+    headers = _end_to_end(exchange)
+    if body is None:
+        return await _pour(exchange, sink, tape, headers)
+    if not _says_something(body, verdict):
+        return Broken(verdict)
+    if verdict.outcome not in (Outcome.DELIVERED, Outcome.ACCEPTED):
+        headers = [*headers, (b"x-bide-outcome", verdict.outcome.value.encode())]
+    await sink.start(exchange.status, headers, len(body))
+    await sink.write(body, more=False)
+    return Passed(verdict, exchange.status, headers, body)
+
+
+async def _pour(exchange: Exchange, sink: Sink, tape: _Tape, headers: Headers) -> Ending:
+    """A large answer: passed on as it comes; its end decides only what is counted."""
+    await sink.start(exchange.status, headers, None)
+    await sink.write(tape.bytes(), more=True)
+    try:
+        async for chunk in exchange.chunks():
+            tape.add(chunk)
+            await sink.write(chunk, more=True)
+    except AgentError as error:
+        sink.cut()
+        return Passed(_classify(error), exchange.status, headers, None)
+    await sink.write(b"", more=False)
+    body = tape.bytes() if tape.is_whole else None
+    return Passed(classify(_answered(exchange, body), now=datetime.now(UTC)), exchange.status, headers, body)
+
+
+def _answered(exchange: Exchange, body: bytes | None) -> Answer:
+    return Answer(exchange.status, exchange.headers, body, Fault.TOO_LARGE if body is None else None)
+
+
+async def _stream(exchange: Exchange, sink: Sink) -> Ending:
+    headers = _end_to_end(exchange)
+    await sink.start(exchange.status, headers, None)
+    tape, events = _Tape(), _LastEvent()
+    fault = None
+    try:
+        async for chunk in exchange.chunks():
+            tape.add(chunk)
+            events.add(chunk)
+            await sink.write(chunk, more=True)
+        await sink.write(b"", more=False)
+    except AgentError as error:
+        fault = error.outcome.fault
+        sink.cut()
+    answer = Answer(exchange.status, exchange.headers, None, fault)
+    verdict = classify(answer, now=datetime.now(UTC), streamed=True, seen=events.read())
+    return Passed(verdict, exchange.status, headers, tape.bytes() if tape.is_whole and fault is None else None)
+
+
+def _classify(error: AgentError) -> Verdict:
+    return classify(error.outcome, now=datetime.now(UTC))
+
+
+def _is_stream(exchange: Exchange) -> bool:
+    success = 200 <= exchange.status < 300  # noqa: PLR2004
+    return success and exchange.headers.get("content-type", "").lower().startswith("text/event-stream")
+
+
+def _says_something(body: bytes, verdict: Verdict) -> bool:
+    """Whether a JSON-RPC client can read the body; an empty error must not reach a caller (A-P-08)."""
+    if verdict.outcome in (Outcome.DELIVERED, Outcome.ACCEPTED):
+        return True
+    return read_result(body).kind is not Kind.NOTHING
+
+
+def _end_to_end(exchange: Exchange) -> Headers:
+    named = {name.strip().lower().encode() for name in exchange.headers.get("connection", "").split(",")}
+    return [pair for pair in exchange.raw_headers if pair[0] not in _HOP_BY_HOP and pair[0] not in named]
+
+
+@dataclass(slots=True)
+class _Tape:
+    """What has been passed on, as long as it is not too much."""
+
+    size: int = 0
+    _pieces: list[bytes] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size <= RECORDED_BYTES_MAX
+
+    def add(self, piece: bytes) -> None:
+        self.size += len(piece)
+        if self.is_whole:
+            self._pieces.append(piece)
+        else:
+            self._pieces.clear()
+
+    def bytes(self) -> bytes:
+        return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+
+
+@dataclass(slots=True)
+class _LastEvent:
+    """The end of a stream says whether the turn is over: its last events are enough, and only they are read."""
+
+    _tail: bytes = b""
+
+    def add(self, chunk: bytes) -> None:
+        self._tail = (self._tail + chunk)[-JUDGED_BYTES_MAX:]
+
+    def read(self) -> Result:
+        seen = Result(Kind.NOTHING)
+        for event in self._tail.replace(b"\r\n", b"\n").split(b"\n\n")[-8:]:
+            lines = (line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:"))
+            data = b"\n".join(lines)
+            if data:
+                seen = seen.then(read_result(data))
+        return seen

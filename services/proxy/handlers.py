@@ -1,0 +1,105 @@
+"""What proxy does with each fact: it takes it into its copies. Nothing is written; snapshots heal what was missed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from services.proxy.copies import Copies
+from services.proxy.copies.uses import Use
+from shared.consumer import Reader
+from shared.facts import (
+    BacklogSnapshot,
+    ItemChanged,
+    ItemKept,
+    ProxyBeat,
+    QueryAnswered,
+    WorkspaceBacklog,
+    WorkspaceChanged,
+    WorkspaceHeartbeat,
+    WorkspaceRegistered,
+    WorkspaceRemoved,
+    WorkspaceStatus,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """The handlers, bound to the copies. `unread` wakes whoever reads rows of the registry again."""
+
+    copies: Copies
+    unread: Callable[[], None]
+
+    def register(self, reader: Reader) -> None:
+        reader.hear(WorkspaceRegistered, self.workspaces)
+        reader.hear(WorkspaceChanged, self.workspaces)
+        reader.hear(WorkspaceRemoved, self.removed)
+        reader.hear(WorkspaceStatus, self.statuses)
+        reader.hear(WorkspaceHeartbeat, self.heartbeats)
+        reader.hear(ProxyBeat, self.proxy_beats)
+        reader.hear(WorkspaceBacklog, self.backlogs)
+        reader.hear(BacklogSnapshot, self.snapshots)
+        reader.hear(ItemKept, self.kept)
+        reader.hear(ItemChanged, self.changed)
+        reader.hear(QueryAnswered, self.answered)
+
+    async def workspaces(self, facts: Sequence[WorkspaceRegistered]) -> None:
+        for fact in facts:
+            self.copies.registry.hear(fact)
+            self._use(fact.workspace_id).renew(fact.incarnation)
+        self._wake()
+
+    async def removed(self, facts: Sequence[WorkspaceRemoved]) -> None:
+        for fact in facts:
+            self.copies.registry.hear_removed(fact)
+        self._wake()
+
+    async def statuses(self, facts: Sequence[WorkspaceStatus]) -> None:
+        for fact in facts:
+            self.copies.registry.hear_status(fact)
+
+    async def heartbeats(self, facts: Sequence[WorkspaceHeartbeat]) -> None:
+        for fact in facts:
+            self._use(fact.workspace_id).hear_heartbeat(fact)
+
+    async def proxy_beats(self, facts: Sequence[ProxyBeat]) -> None:
+        for fact in facts:
+            if fact.proxy_id != self.copies.replica_id:  # it knows its own better than its last beat does
+                self._use(fact.workspace_id).hear_peer(fact)
+
+    async def backlogs(self, facts: Sequence[WorkspaceBacklog]) -> None:
+        for fact in facts:
+            self.copies.backlogs.hear(fact)
+            self._shown(fact.workspace_id)
+
+    async def snapshots(self, facts: Sequence[BacklogSnapshot]) -> None:
+        for fact in facts:
+            changed = self.copies.backlogs.hear_part(fact)
+            if changed is not None:
+                for workspace_id in {*changed, *self.copies.keeps.workspaces()}:
+                    self._shown(workspace_id)
+
+    async def kept(self, facts: Sequence[ItemKept]) -> None:
+        for fact in facts:
+            self.copies.keeps.hear_kept(fact, self.copies.backlogs.copied_at(fact.workspace_id))
+
+    async def changed(self, facts: Sequence[ItemChanged]) -> None:
+        for fact in facts:
+            self.copies.keeps.hear_changed(fact)
+
+    async def answered(self, facts: Sequence[QueryAnswered]) -> None:
+        for fact in facts:
+            self.copies.queries.hear(fact)
+
+    def _use(self, workspace_id: str) -> Use:
+        return self.copies.uses.of(workspace_id)
+
+    def _shown(self, workspace_id: str) -> None:
+        view = self.copies.backlogs.view(workspace_id)
+        self._use(workspace_id).hear_backlog(view)
+        copied_at = self.copies.backlogs.copied_at(workspace_id) or view.at
+        self.copies.keeps.covered(workspace_id, copied_at, waiting=view.waiting)
+
+    def _wake(self) -> None:
+        if self.copies.registry.unread:
+            self.unread()

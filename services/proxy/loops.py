@@ -1,0 +1,93 @@
+"""What proxy does by the clock: tell of its live forwards, and read again what has changed in the registry."""
+
+from __future__ import annotations
+
+import time
+
+from services.proxy.copies import Copies
+from services.proxy.settings import Settings
+from services.proxy.store import Store
+from shared.broker import Publisher
+from shared.loops import Loop
+
+_IDLE_S = 60.0
+_LOOK_S = 1.0
+_RELOAD_S = 300.0
+"""The whole registry is read this often besides: a fact that was lost with a replica's queue is found then."""
+
+
+class Beats:
+    """ProxyBeats: at once where a message waits for what they tell, else gathered for `beat_pause_s`."""
+
+    def __init__(self, settings: Settings, copies: Copies, publisher: Publisher) -> None:
+        self._settings = settings
+        self._copies = copies
+        self._publisher = publisher
+        self._armed = False
+        self._gathered_at = 0.0
+        self.loop = Loop("beats", self.run_once)
+
+    def notify(self, workspace_id: str) -> None:
+        """The live forwards of this workspace have changed."""
+        if self._copies.backlogs.view(workspace_id).waiting or self._copies.keeps.pending(workspace_id):
+            self._tell(workspace_id, time.time())
+        elif not self._armed:
+            self._armed = True
+            self.loop.wake()
+
+    async def run_once(self, now: float | None = None) -> float:
+        now = time.time() if now is None else now
+        uses = self._copies.uses
+        wait_s = self._gathered_at + self._settings.beat_pause_s - now
+        if uses.changed and wait_s <= 0:
+            self._armed, self._gathered_at = False, now
+            for workspace_id in list(uses.changed):
+                self._tell(workspace_id, now)
+        for workspace_id, told_at in list(uses.lively.items()):
+            if now - told_at >= self._settings.beat_s:
+                self._tell(workspace_id, now)
+        if uses.changed:
+            return max(wait_s, 0.001)
+        return self._settings.beat_s / 5 if uses.lively else _IDLE_S
+
+    def _tell(self, workspace_id: str, now: float) -> None:
+        uses = self._copies.uses
+        uses.changed.discard(workspace_id)
+        beat = uses.beat(workspace_id, self._copies.backlogs.view(workspace_id).gate_generation, now)
+        if beat.forwards or beat.ended:
+            uses.lively[workspace_id] = now
+        else:
+            uses.lively.pop(workspace_id, None)  # the empty beat that says so is the last
+        self._publisher.post(beat)
+
+
+class Reading:
+    """Rows of the registry that facts have spoken of; and all of them after an outage, for facts may have been lost."""
+
+    def __init__(self, copies: Copies, store: Store, publisher: Publisher) -> None:
+        self._copies = copies
+        self._store = store
+        self._publisher = publisher
+        self._was_cut = False
+        self._loaded_at = float("-inf")
+        self.loop = Loop("registry", self.run_once)
+
+    async def load(self) -> None:
+        """Read everything."""
+        self._copies.registry.put_all(await self._store.all())
+        self._loaded_at = time.monotonic()
+
+    async def run_once(self) -> float:
+        connected = self._publisher.is_connected
+        if (self._was_cut and connected) or time.monotonic() - self._loaded_at > _RELOAD_S:
+            await self.load()
+        self._was_cut = not connected
+        registry = self._copies.registry
+        asked, registry.unread = registry.unread, set()
+        if asked:
+            try:
+                registry.put_all(await self._store.some(asked))
+            except BaseException:
+                registry.unread |= asked
+                raise
+        return _LOOK_S

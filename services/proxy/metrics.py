@@ -1,0 +1,53 @@
+"""The instruments of proxy, all in one place; every label value exists from the start, so that no rate is missing."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from services.proxy.decide import Reason
+from shared.replies import Outcome
+
+ROUTES = (
+    "a2a", "heartbeat", "register", "update_card", "card", "item", "cancel_item", "queue", "workspaces", "workspace",
+    "patch", "remove", "openapi", "docs", "none",
+)  # fmt: skip
+OUTCOMES = ("answered", "kept", "refused", "failed")
+REFUSALS = (
+    "workspace_unknown", "workspace_removed", "token_missing", "token_unknown", "caller_mismatch", "caller_reserved",
+    "token_unchecked", "hops_unreadable", "too_many_hops", "priority_not_allowed", "key_in_flight", "queue_full",
+    "share_exceeded", "body_too_large", "body_slow", "body_cut", "not_json_rpc", "bad_value", "not_kept",
+    "keep_unknown", "key_conflict", "twin_lost", "twin_too_large", "item_unknown", "not_yet_visible", "queue_away",
+    "not_cancelable", "no_agent", "starting", "stopping", "registry_away", "internal_error",
+)  # fmt: skip
+
+REQUESTS = Counter("bide_proxy_requests_total", "Requests by route and what became of them", ["route", "outcome"])
+SECONDS = Histogram(
+    "bide_proxy_request_seconds", "Time to the end of the answer", ["route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 30, 300),
+)  # fmt: skip
+FORWARDS = Counter("bide_proxy_forwards_total", "Live forwards by what came back (policies §2)", ["outcome"])
+FORWARDS_RUNNING = Gauge("bide_proxy_forwards_running", "Live forwards under way")
+KEEPS = Counter("bide_proxy_keeps_total", "Messages kept, confirmed by the broker, by reason", ["reason"])
+REFUSED = Counter("bide_proxy_refused_total", "A2A calls refused, by code", ["code"])
+STALE_COPY = Counter(
+    "bide_proxy_stale_copy_total", "Messages forwarded on a copy of the backlog older than copy_stale_s"
+)
+ATTACHED = Counter("bide_proxy_attached_total", "Calls that waited for the answer of the same message")
+HEARTBEATS = Counter("bide_proxy_heartbeats_total", "Heartbeats taken")
+TOKEN_LOOKUPS = Counter("bide_proxy_token_lookups_total", "Tokens that this replica's copy did not know", ["found"])
+INCARNATIONS = Counter("bide_proxy_incarnations_total", "New lives of agents, by how they were noticed", ["by"])
+
+for _route in ROUTES:
+    SECONDS.labels(_route)
+    for _outcome in OUTCOMES:
+        REQUESTS.labels(_route, _outcome)
+for _class in Outcome:
+    FORWARDS.labels(_class.value)
+for _reason in Reason:
+    KEEPS.labels(_reason.value)
+for _code in REFUSALS:
+    REFUSED.labels(_code)
+for _found in ("workspace", "key", "nobody", "failed"):
+    TOKEN_LOOKUPS.labels(_found)
+for _by in ("register", "heartbeat", "uptime"):
+    INCARNATIONS.labels(_by)
