@@ -46,6 +46,7 @@ test-chaos: setup ## Servers and services that stop, die and freeze under load
 
 bench: setup ## Measure, side by side in one run
 	@$(PY) -m tests.bench.bus $(ARGS)
+	@$(PY) -m tests.bench.ring $(ARGS)
 
 lint: setup ## Ruff with every rule that is not refused in pyproject.toml
 	$(STEP) "lint" $(PY) -m ruff check .

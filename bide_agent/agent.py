@@ -29,6 +29,10 @@ class Agent:
         return self._state.url
 
     @property
+    def workspace(self) -> str:
+        return self._state.options.workspace
+
+    @property
     def boot_id(self) -> str:
         return self._state.boot_id
 

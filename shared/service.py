@@ -58,6 +58,7 @@ class Service:
     async def serve(self) -> None:
         """Begin to read, say that the service is up, and go on until cancelled."""
         await self.reader.start()
+        self.health.add("reader", self.reader.probe)
         self.health.started()
         log.info("ready")
         await asyncio.Event().wait()
@@ -84,7 +85,6 @@ async def running(
         relay = Relay(pool, publisher, claim_s=settings.outbox_claim_s, sweep_s=settings.outbox_sweep_s)
         await stack.enter_async_context(turning([relay.loop, Loop("inbox", inbox.forget)]))
         reader = Reader(settings, name, pool, inbox, committed=relay.wake)
-        health.add("reader", reader.probe)
         stack.push_async_callback(reader.stop)
         yield Service(settings, pool, publisher, reader, relay, health)
 

@@ -338,6 +338,9 @@ def _ordinal(number: int) -> str:
     return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
 
 
-def ranks(queue_ids: Sequence[UUID]) -> list[int]:
-    """The rank of TASK messages: the millisecond in the uuid7, so that first in is first out."""
-    return [queue_id.int >> 80 for queue_id in queue_ids]
+def ranks(fact_ids: Sequence[UUID]) -> list[int]:
+    """The rank of TASK messages: the millisecond in the uuid7, so that first in is first out.
+
+    Of the fact, which our proxy made, and not of the queue_id, which a caller may bring back and so choose its place.
+    """
+    return [fact_id.int >> 80 for fact_id in fact_ids]

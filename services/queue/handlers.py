@@ -29,7 +29,6 @@ from shared.facts import (
     MessageBusy,
     ProxyBeat,
     WorkspaceBacklog,
-    WorkspaceChanged,
     WorkspaceHeartbeat,
     WorkspaceRegistered,
     WorkspaceRemoved,
@@ -49,7 +48,7 @@ class Handlers:
     async def message_busy(self, connection: Connection, facts: Sequence[MessageBusy]) -> Tell:
         """Keep messages: each becomes an item, or is found to be one that is kept already."""
         before = await store.lock(connection, {fact.workspace_id for fact in facts})
-        ordered = sorted(facts, key=lambda fact: fact.queue_id)
+        ordered = sorted(facts, key=lambda fact: (fact.fact_id, fact.queue_id))
         after = _hear_beats(before, [fact.beat for fact in ordered if fact.beat is not None])
         kept = await keep(connection, ordered, after, self.settings.idempotency_keep_s)
         replies: list[tuple[str, ItemKept]] = []
@@ -181,13 +180,13 @@ def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
     taken_over = replace(
         workspace,
         registry_rev=fact.rev,
-        url=fact.url,
+        url=fact.url or None,
         agent_authorization=fact.agent_authorization,
         max_concurrent=fact.max_concurrent_tasks,
         at_most_once=fact.settings.get("delivery") == "at_most_once",
         give_up_after_s=float(give_up) if give_up is not None else 86400.0,
         ceiling_s=float(ceiling) if ceiling is not None else 1800.0,
-        paused=isinstance(fact, WorkspaceChanged) and fact.paused,
+        paused=fact.paused or fact.desired == "stopped",
         removed=False,
         incarnation=max(fact.incarnation, workspace.incarnation),
         beat_cadence_s=fact.heartbeat_interval_s,

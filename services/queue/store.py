@@ -159,7 +159,7 @@ async def insert(
             PRIORITIES[fact.priority], rank, fact.method, fact.body, fact.reason, fact.context_id, fact.hops,
             fact.not_before, fact.expires_at, workspaces[fact.workspace_id].give_up_after_s,
         )
-        for fact, rank in zip(facts, ranks([fact.queue_id for fact in facts]), strict=True)
+        for fact, rank in zip(facts, ranks([fact.fact_id for fact in facts]), strict=True)
     )  # fmt: skip
     return {row["queue_id"] for row in await connection.fetch(SQL["insert_items"], *_columns(rows))}
 

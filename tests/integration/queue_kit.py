@@ -72,7 +72,10 @@ class Door:
     def _reply_to(self, fact: type[ItemKept | QueryAnswered]) -> str:
         return route(fact, "proxy").queue(self.side.settings.replica_id)
 
-    async def register(self, name: str, url: str, *, incarnation: int = 1, maximum: int = 1, **settings: Any) -> None:
+    async def register(
+        self, name: str, url: str, *, incarnation: int = 1, maximum: int = 1, paused: bool = False
+    ) -> None:
+        """Say where the agent is, and wait until the queue knows it."""
         await self.publisher.publish(
             WorkspaceRegistered(
                 workspace_id=name,
@@ -80,9 +83,16 @@ class Door:
                 incarnation=incarnation,
                 url=url,
                 max_concurrent_tasks=maximum,
-                settings=settings,
+                paused=paused,
             )
         )
+
+        async def known() -> bool:
+            query = "SELECT url, paused FROM workspaces WHERE workspace_id = $1"
+            row = await self.side.pool.fetchrow(query, name)
+            return row is not None and (row["url"], row["paused"]) == (url, paused)
+
+        await until(known)
 
     def busy(self, name: str, text: str, **changes: Any) -> MessageBusy:
         """A message that could not go straight through. `key` and `caller` as strings; `body` wins over `text`."""

@@ -36,6 +36,7 @@ def fresh() -> str:
 
 
 async def test_a_kept_message_is_delivered_and_its_answer_is_there(front: Door) -> None:
+    """A-Q-26: the answer is in the row, on a real Postgres."""
     name = fresh()
     async with agent(name) as worker:
         await front.register(name, worker.url)
@@ -59,6 +60,9 @@ async def test_what_waits_is_delivered_in_order_and_one_at_a_time(front: Door) -
         await front.register(name, worker.url)
         await front.ended(*(fact.queue_id for fact in facts))
         assert [each.text for each in worker.received] == [f"{i:02}" for i in range(40)]
+        await until(lambda: _told(front, facts[-1].queue_id, "completed"))
+        for fact in facts:  # A-D-03: whoever listens sees each end exactly once
+            assert [change.status.value for change in front.changes[fact.queue_id]].count("completed") == 1
         turns = [(each.started_at or 0.0, each.ended_at or 0.0) for each in worker.received]
         assert all(ended <= begun for (_, ended), (begun, _) in pairwise(turns))
         assert not worker.refused
@@ -87,7 +91,7 @@ async def test_a_busy_agent_costs_no_attempt_and_no_place(front: Door) -> None:
             await front.keep(fact)
         await until(lambda: _refused_once(worker))
         rank = "SELECT rank_ms FROM a2a_queue WHERE queue_id = $1"
-        assert await front.side.pool.fetchval(rank, facts[0].queue_id) == facts[0].queue_id.int >> 80
+        assert await front.side.pool.fetchval(rank, facts[0].queue_id) == facts[0].fact_id.int >> 80
         items = await front.ended(*(fact.queue_id for fact in facts))
         assert [each.text for each in worker.received] == ["0", "1", "2", "3", "4"]
         assert {item["attempts"] for item in items} == {0}
@@ -158,6 +162,30 @@ async def test_a_message_id_may_be_used_again_after_its_item_ended_an_explicit_k
             await front.ended(second.queue_id)
             ours = {str(first.queue_id), str(second.queue_id)}
             assert len([each for each in worker.received if each.queue_id in ours]) == executions
+
+
+async def test_a_caller_cannot_choose_its_place_by_the_id_that_it_brings_back(front: Door) -> None:
+    name = fresh()
+    async with agent(name) as worker:
+        honest = front.busy(name, "honest")
+        await front.keep(honest)
+        old_id = UUID(int=honest.queue_id.int - (3_600_000 << 80))
+        await front.keep(front.busy(name, "pushing", queue_id=old_id))
+        await front.register(name, worker.url)
+        await front.ended(honest.queue_id, old_id)
+        assert [each.text for each in worker.received] == ["honest", "pushing"]
+
+
+async def test_a_paused_workspace_stays_paused_when_its_agent_registers_again(front: Door) -> None:
+    name = fresh()
+    async with agent(name) as worker:
+        await front.register(name, worker.url, paused=True)
+        fact = front.busy(name, "x")
+        await front.keep(fact)
+        item = await front.item(fact.queue_id)
+        assert (item["status"], item["why"]) == ("queued", "next in line: the workspace is paused")
+        await front.register(name, worker.url)
+        await front.ended(fact.queue_id)
 
 
 async def test_any_legal_body_arrives_byte_exact(front: Door) -> None:
