@@ -69,6 +69,24 @@ async def test_twenty_concurrent_sends_of_one_message_are_one_item_for_everybody
     assert len(agent.received) == 1
 
 
+async def test_an_accepted_task_holds_its_slot_through_half_a_minute_of_failing_polls(
+    lead: Caller, fleet: Fleet
+) -> None:
+    """A poll that fails says nothing: the slot is the task's until the task says it has ended."""
+    agent = await fleet.start(behaviour={"asynchronous": True, "work_s": 31.0, "polls_fail_s": 30.0})
+    agent.busy_for(0.5)
+    agent.beat_now()
+    first = await lead.send(agent.workspace, "long")
+    second = await lead.send(agent.workspace, "after")
+    assert (first.status, second.status) == (202, 202)
+    item = await lead.ended(first.json["queue_id"], within_s=60)
+    assert (item["status"], item["attempts"]) == ("completed", 0)
+    agent.behave(asynchronous=False, work_s=0.05)
+    await lead.ended(second.json["queue_id"], within_s=60)
+    assert [each.text for each in agent.received] == ["long", "after"]
+    assert_one_at_a_time(agent)
+
+
 async def test_a_slow_agent_and_a_limited_wait(lead: Caller, fleet: Fleet) -> None:
     """`Prefer: wait=1`: 202, and the answer is there later."""
     agent = await fleet.start(work_s=2.0)
