@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from services.proxy.api.finding import Finding, presence
@@ -74,10 +75,21 @@ def rewritten(card: dict[str, Any], url: str) -> dict[str, Any]:
         "protocolVersion": "0.3.0",
         "additionalInterfaces": [{"url": url, "transport": "JSONRPC"}],
         "supportedInterfaces": [
-            {"url": url, "protocolBinding": "JSONRPC", "protocolVersion": version} for version in _VERSIONS
+            {"url": url, "protocolBinding": "JSONRPC", "protocolVersion": version} for version in _versions(card)
         ],
         "capabilities": capabilities,
         "defaultInputModes": card.get("defaultInputModes") or ["text/plain"],
         "defaultOutputModes": card.get("defaultOutputModes") or ["text/plain"],
         "skills": card.get("skills") or [],
     }
+
+
+def _versions(card: dict[str, Any]) -> Sequence[str]:
+    """What to call it in. We translate nothing: 1.0 to an agent that names only 0.x is a method that it does not know.
+
+    A card without interfaces is of 0.3, and so the SDK of 1.0 reads it, which then speaks 0.3.
+    """
+    interfaces = card.get("supportedInterfaces") or card.get("supported_interfaces")
+    said = [each for each in interfaces if isinstance(each, dict)] if isinstance(interfaces, list) else []
+    named = (str(each.get("protocolVersion") or each.get("protocol_version") or "1.0") for each in said)
+    return _VERSIONS if any(not version.startswith("0.") for version in named) else _VERSIONS[1:]
