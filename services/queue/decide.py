@@ -5,7 +5,7 @@ Values in, values out: no clock, no I/O. Times are seconds since 1970. The table
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
@@ -26,7 +26,7 @@ class Forwards:
     running: tuple[tuple[str, str, float], ...] = ()
     """(session, hex of the key's hash, started)"""
     ended: tuple[tuple[float, float, bool], ...] = ()
-    """(started, ended, whether it counts as answered)"""
+    """(started, ended, whether it was answered): what came back busy or was not delivered is left out"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,8 @@ def taken(workspace: Workspace, now: float) -> int:
             continue
         running += len(proxy.running)
         started += sum(begun > beat_at for _, _, begun in proxy.running)
-        answered = [(begun, end) for begun, end, counts in proxy.ended if counts]
-        started += sum(begun > beat_at for begun, _ in answered)
-        ended += sum(counts_as_ended(end, beat_at) for _, end in answered)
+        started += sum(begun > beat_at for begun, _, _ in proxy.ended)
+        ended += sum(counts_as_ended(end, beat_at) for _, end, answered in proxy.ended if answered)
     beat = None
     if workspace.beat_at is not None:
         beat = Beat(workspace.beat_active, workspace.beat_at, workspace.beat_cadence_s)
@@ -110,9 +109,20 @@ def spare(workspace: Workspace, now: float) -> int:
 
 
 def hear_beat(
-    workspace: Workspace, *, rev: int, at: float, active: int, cadence_s: float, incarnation: int, maximum: int | None
+    workspace: Workspace,
+    *,
+    rev: int,
+    at: float,
+    active: int,
+    cadence_s: float,
+    incarnation: int,
+    maximum: int | None,
+    begun_after: int = 0,
 ) -> Workspace:
-    """Apply a heartbeat; an older one, or one of an older incarnation, changes nothing."""
+    """Apply a heartbeat; an older one, or one of an older incarnation, changes nothing.
+
+    `begun_after`: our running deliveries that began after the beat came in, while it was on its way to us.
+    """
     if incarnation < workspace.incarnation or rev <= workspace.beat_rev:
         return workspace
     recent = tuple(end for end in workspace.recent_ended if counts_as_ended(end, at))
@@ -124,7 +134,7 @@ def hear_beat(
         beat_active=active,
         beat_cadence_s=cadence_s,
         max_concurrent=maximum or workspace.max_concurrent,
-        started_since=0,
+        started_since=begun_after,
         ended_since=len(recent),
         recent_ended=recent,
         rev=workspace.rev + 1,
@@ -180,7 +190,7 @@ def end(workspace: Workspace, ending: Ending, *, begun_at: float, now: float, re
             newest = max(1, min(_KEPT_ENDS_MAX, ended.max_concurrent))
             return replace(ended, ended_since=ended.ended_since + 1, recent_ended=(*ended.recent_ended, now)[-newest:])
         case Ending.NEITHER:
-            return replace(ended, started_since=ended.started_since - 1) if after_beat else ended
+            return replace(ended, started_since=max(0, ended.started_since - 1)) if after_beat else ended
         case Ending.UNKNOWN:
             return ended
 
@@ -220,6 +230,7 @@ Reply = Literal[
     "unknown",
     "answer_lost",
     "answer_too_large",
+    "ceiling",
     "owner_died",
     "written_back",
 ]
@@ -278,9 +289,10 @@ _FATES: Mapping[Reply, Fate] = {
     "answer_lost": Finish(ItemStatus.COMPLETED, "answer_lost", Ending.ANSWERED),
     "answer_too_large": Finish(ItemStatus.COMPLETED, "answer_too_large", Ending.ANSWERED),
     "refused": Finish(ItemStatus.FAILED, "refused", Ending.ANSWERED),
+    "ceiling": Finish(ItemStatus.FAILED, "ceiling", Ending.UNKNOWN),
     "busy": Requeue("busy", Ending.NEITHER, closes=True),
     "not_delivered": Requeue("not_delivered", Ending.NEITHER, closes=True),
-    "preempted": Requeue("preempted", Ending.ANSWERED),
+    "preempted": Requeue("preempted", Ending.ANSWERED, row_wait=True),
     "written_back": Requeue("written_back", Ending.UNKNOWN),
     "failed_attempt": Requeue("failed_attempt", Ending.ANSWERED, attempts=1, row_wait=True),
     "unknown": Requeue("unknown", Ending.UNKNOWN, attempts=1, deaths=1, row_wait=True),
@@ -303,14 +315,18 @@ def _fate(reply: Reply, attempts: int, deaths: int, *, at_most_once: bool, limit
     return decided
 
 
+_PAUSE_MIN_S = 0.05
+"""An agent that asks to be asked again at once is not asked in a loop."""
+
+
 def busy_wait_s(streak: int, *, retry_after_s: float | None, base_s: float, cap_s: float, jitter: float) -> float:
     """How long a workspace stays closed: what it asked for, else full jitter over base doubling to cap.
 
     `jitter` is a random number from 0 to 1; `streak` counts the busy answers in a row from 0.
     """
     if retry_after_s is not None:
-        return min(retry_after_s, cap_s)
-    return max(0.05, jitter * min(cap_s, base_s * float(2 ** min(streak, 20))))
+        return min(max(_PAUSE_MIN_S, retry_after_s), cap_s)
+    return max(_PAUSE_MIN_S, jitter * min(cap_s, base_s * float(2 ** min(streak, 20))))
 
 
 # ── what a person is told ────────────────────────────────────────────────────────────────────────────────────────────
@@ -338,9 +354,14 @@ def _ordinal(number: int) -> str:
     return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
 
 
-def ranks(fact_ids: Sequence[UUID]) -> list[int]:
-    """The rank of TASK messages: the millisecond in the uuid7, so that first in is first out.
+RANK_SLACK_MS = 10_000
+"""How long before its fact a message may have come in: a live forward that bounces is kept only after its attempt."""
 
-    Of the fact, which our proxy made, and not of the queue_id, which a caller may bring back and so choose its place.
+
+def rank(queue_id: UUID, fact_id: UUID) -> int:
+    """The rank of a TASK message: the millisecond in which its body was read, so that first in is first out.
+
+    That is the queue_id's, but a caller may bring one back and would choose its place: it is believed only within
+    RANK_SLACK_MS of the fact, which our proxy made.
     """
-    return [fact_id.int >> 80 for fact_id in fact_ids]
+    return max(queue_id.int >> 80, (fact_id.int >> 80) - RANK_SLACK_MS)

@@ -13,8 +13,10 @@ import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+
+import asyncpg
 
 from services.queue.decide import Item, Reply
 from services.queue.settings import Settings
@@ -70,6 +72,7 @@ class Delivery:
         self._task_id = item.agent_task_id
         self._cancel_asked = item.cancel_requested
         self._cancel_sent = False
+        self._task_known: TaskKnown | None = None
         self._envelope = parse(item.body)
 
     async def run(self, task_known: TaskKnown) -> Ending:
@@ -83,10 +86,14 @@ class Delivery:
         if verdict.outcome is not Outcome.ACCEPTED or verdict.agent_task_id is None:
             return self._ending(verdict, answer)
         self._task_id = verdict.agent_task_id
-        await task_known(self.item, self._task_id)
+        self._task_known = task_known
         return await self._follow(self._task_id) or Ending(
             self.item, "unknown", error="the agent no longer has the task"
         )
+
+    def moved(self, url: str, agent_authorization: str | None) -> None:
+        """Take over where the agent is now: its task is asked for there."""
+        self.item = replace(self.item, url=url, agent_authorization=agent_authorization)
 
     def ask_cancel(self) -> None:
         """Remember that somebody wants it canceled; the agent is told when its task id is known."""
@@ -108,6 +115,7 @@ class Delivery:
         pause_s = self._settings.follow_min_s
         deadline = self.item.dispatched_at + self._longest_s()
         while time.time() < deadline:
+            await self._tell_task(task_id)
             if self._cancel_asked and not self._cancel_sent:
                 await self._send_cancel(task_id)
             verdict, answer = await self._call(_about(self._envelope, "get", task_id))
@@ -117,7 +125,18 @@ class Delivery:
                 return None
             await asyncio.sleep(pause_s)  # the agent's own pace; the interval is a setting
             pause_s = min(self._settings.follow_max_s, pause_s * 1.5)
-        return Ending(self.item, "unknown", error="the task did not end within the longest turn")
+        return Ending(self.item, "ceiling", error="the task did not end within the longest turn")
+
+    async def _tell_task(self, task_id: str) -> None:
+        """Have the task id written, so that another replica could follow it; as often as it takes."""
+        if self._task_known is None:
+            return
+        try:
+            await self._task_known(self.item, task_id)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            log.warning("task_id_not_written", queue_id=str(self.item.queue_id), error=type(error).__name__)
+        else:
+            self._task_known = None
 
     async def _send_cancel(self, task_id: str) -> None:
         self._cancel_sent = True

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 
 from services.queue import decide, store
 from services.queue.decide import Finish, Item, Requeue, Workspace
@@ -23,7 +24,7 @@ from services.queue.store import SQL, Settled
 from shared import outbox
 from shared.agents import Agents
 from shared.broker import Publisher
-from shared.database import Connection, Pool, transact
+from shared.database import Connection, Pool, Trouble, backoff_s, classify, transact
 from shared.facts import Backlog, Fact, ItemChanged, ItemStatus, Running, WorkspaceBacklog
 from shared.loops import Loop
 from shared.telemetry import log
@@ -31,6 +32,8 @@ from shared.telemetry import log
 TURN_ENDINGS_MAX = 256
 TURN_WORKSPACES_MAX = 64
 _RIDES_ALONG_MAX = 64 << 10
+_WRITE_BACK_S = 10.0
+"""How long a stopping replica tries to write what it still holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,11 @@ class Drain:
         self._agents = agents
         self._told = told
         self._ready: dict[str, None] = {}
-        self._endings: list[Ending] = []
+        self._endings: dict[tuple[str, int], Ending] = {}
         self._beats: dict[str, float] = {}
         self._stopping = False
         self._one_turn = asyncio.Lock()
+        self._singly = 0
         self.running: dict[tuple[str, int], tuple[Delivery, asyncio.Task[None]]] = {}
         self.loop = Loop("drain", self.run_once)
 
@@ -72,14 +76,18 @@ class Drain:
         if self._ready:
             self.loop.wake()
 
-    def alive(self, workspace_id: str) -> None:
-        """Note a beat: the agent's turn is not cut for silence."""
-        self._beats[workspace_id] = time.monotonic()
+    def alive(self, workspace_id: str, *, age_s: float = 0.0) -> None:
+        """Note a beat that came `age_s` ago: the agent's turn is not cut for silence."""
+        self._beats[workspace_id] = max(self._beats.get(workspace_id, 0.0), time.monotonic() - age_s)
 
     def settle(self, ending: Ending) -> None:
-        """Write this ending in the next turn."""
-        self._endings.append(ending)
+        """Write this ending in the next turn; the first word about a delivery counts."""
+        self._endings.setdefault(key_of(ending.item), ending)
         self.loop.wake()
+
+    def holds(self, key: tuple[str, int]) -> bool:
+        """Whether this replica delivers it now, or has its ending in memory."""
+        return key in self.running or key in self._endings
 
     async def run_once(self, now: datetime | None = None) -> float:
         """Settle and claim once; return 0 while there is more."""
@@ -87,13 +95,28 @@ class Drain:
             return await self._run_once(now)
 
     async def _run_once(self, now: datetime | None) -> float:
-        endings = self._endings[:TURN_ENDINGS_MAX]
+        most = 1 if self._singly else TURN_ENDINGS_MAX
+        self._singly = max(0, self._singly - 1)
+        endings = list(islice(self._endings.values(), most))
         ready = list(self._ready)[:TURN_WORKSPACES_MAX]
         if not endings and not ready:
             return self._settings.sweep_s
         room = 0 if self._stopping else self._settings.deliveries_max - len(self.running)
-        turn = await transact(self._pool, lambda connection: self._turn(connection, endings, ready, room, now))
-        del self._endings[: len(endings)]
+        try:
+            turn = await transact(self._pool, lambda connection: self._turn(connection, endings, ready, room, now))
+        except Exception as error:
+            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT) or len(endings) <= 1:
+                if endings and classify(error) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                    # It cannot be written as it is. Its row is still ours: `reread` finds it and writes it back.
+                    log.exception("ending_dropped", queue_id=str(endings[0].item.queue_id))
+                    self._endings.pop(key_of(endings[0].item), None)
+                raise
+            # One of them cannot be written: it must not keep the others.
+            log.warning("turn_repeated_singly", error=f"{type(error).__name__}: {error}"[:300])
+            self._singly = len(endings)
+            return 0
+        for ending in endings:
+            self._endings.pop(key_of(ending.item), None)
         for name in ready:
             self._ready.pop(name, None)
         self._told()
@@ -110,7 +133,12 @@ class Drain:
         before = await store.lock(connection, names)
         moment = await store.clock(connection, now)
         after = dict(before)
-        settled = [self._settled(ending, before[ending.item.workspace_id]) for ending in endings]
+        rows = await connection.fetch(SQL["canceled_items"], [ending.item.queue_id for ending in endings])
+        canceled = {row["queue_id"] for row in rows}
+        settled = [
+            self._settled(ending, before[ending.item.workspace_id], canceled=ending.item.queue_id in canceled)
+            for ending in endings
+        ]
         ended = await store.finish(connection, settled)
         returned = await store.requeue(connection, settled)
         for each in settled:
@@ -118,7 +146,12 @@ class Drain:
             if row is not None:  # else it was taken from us: whoever has it settles it
                 name = each.item.workspace_id
                 after[name] = account(after[name], each, row, moment)
-        spare = {name: free for name in sorted(after) if (free := min(room, decide.spare(after[name], moment))) > 0}
+        spare: dict[str, int] = {}
+        for name in sorted(after):
+            free = min(room, decide.spare(after[name], moment))
+            if free > 0:
+                spare[name] = free
+                room -= free
         items = await store.claim(connection, spare, after, self._settings.replica_id, now)
         for item in items:
             after[item.workspace_id] = decide.begin(after[item.workspace_id], 1)
@@ -140,14 +173,14 @@ class Drain:
         ]
         return Turn(items, [*begun, *backlogs])
 
-    def _settled(self, ending: Ending, workspace: Workspace) -> Settled:
+    def _settled(self, ending: Ending, workspace: Workspace, *, canceled: bool) -> Settled:
         item = ending.item
         fate = decide.fate(
             ending.reply,
             attempts=item.attempts,
             deaths=item.deaths,
             at_most_once=item.at_most_once,
-            cancel_requested=item.cancel_requested,
+            cancel_requested=canceled or item.cancel_requested,
             attempts_max=self._settings.attempts_max,
             deaths_max=self._settings.deaths_max,
         )
@@ -167,7 +200,7 @@ class Drain:
         name = item.workspace_id
         delivery = Delivery(self._agents, self._settings, item, last_life=lambda: self._beats.get(name, 0.0))
         task = asyncio.create_task(self._deliver(delivery), name=f"delivery-{item.queue_id}")
-        self.running[_key(item)] = (delivery, task)
+        self.running[key_of(item)] = (delivery, task)
         RUNNING.set(len(self.running))
 
     async def _deliver(self, delivery: Delivery) -> None:
@@ -183,7 +216,7 @@ class Drain:
             log.exception("delivery_failed", queue_id=str(item.queue_id))
             ending = Ending(item, "unknown", error=f"{type(error).__name__}")
         finally:
-            self.running.pop(_key(item), None)
+            self.running.pop(key_of(item), None)
             RUNNING.set(len(self.running))
         DELIVERIES.labels(ending.reply).inc()
         WAIT.observe(time.perf_counter() - began)
@@ -203,18 +236,26 @@ class Drain:
     async def stop(self, within_s: float) -> None:
         """Claim nothing more, wait for what runs, write the rest back with the tasks that their agents accepted."""
         self._stopping = True
-        tasks = [task for _, task in self.running.values()]
+        async with self._one_turn:  # what a turn under way has claimed begins before we look
+            tasks = [task for _, task in self.running.values()]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=within_s)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        while self._endings:
-            self._ready.clear()
-            await self.run_once()
+        self._ready.clear()
+        deadline = time.monotonic() + _WRITE_BACK_S
+        attempt = 0
+        while self._endings and time.monotonic() < deadline:
+            try:
+                await self.run_once()
+            except Exception as error:  # noqa: BLE001 - an answer in memory is worth another try
+                log.warning("write_back_repeated", error=f"{type(error).__name__}: {error}"[:300])
+                await asyncio.sleep(backoff_s(attempt))
+                attempt += 1
 
 
-def _key(item: Item) -> tuple[str, int]:
+def key_of(item: Item) -> tuple[str, int]:
     return (str(item.queue_id), item.delivery_no)
 
 

@@ -16,7 +16,7 @@ from services.queue.decide import Forwards, Workspace
 from services.queue.drain import Drain, read_backlogs
 from services.queue.metrics import ENQUEUED
 from services.queue.settings import Settings
-from services.queue.store import Known, key_of
+from services.queue.store import SQL, Known, key_of
 from shared import outbox
 from shared.broker import Publisher
 from shared.consumer import Tell
@@ -76,6 +76,8 @@ class Handlers:
         newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: (fact.incarnation, fact.rev))
         before = await store.lock(connection, newest)
         after = dict(before)
+        busy = [name for name, workspace in before.items() if workspace.running]
+        begun = await connection.fetch(SQL["running_items"], busy) if busy else []
         for name, fact in newest.items():
             after[name] = decide.hear_beat(
                 before[name],
@@ -85,6 +87,9 @@ class Handlers:
                 cadence_s=fact.cadence_s,
                 incarnation=fact.incarnation,
                 maximum=fact.max_concurrent_tasks,
+                begun_after=sum(
+                    row["workspace_id"] == name and row["dispatched_at"] > fact.occurred_at for row in begun
+                ),
             )
         await store.save(connection, before, after)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from uuid import UUID
 
+import asyncpg
 from uuid_utils.compat import uuid7
 
 from services.queue import store
@@ -36,7 +37,7 @@ class Loops:
     drain: Drain
     _page_after: str = ""
     _snapshots: int = 0
-    _may_judge: bool = field(default=False)
+    _orphans: set[tuple[str, int]] = field(default_factory=set)
 
     def all(self) -> list[Loop]:
         return [
@@ -106,18 +107,35 @@ class Loops:
 
     async def reread(self) -> float:
         """Look at our own rows: a cancel is passed on; a row that is no longer ours is let go."""
-        if not self.drain.running:
-            return self.settings.reread_s
+        # Taken before the rows are read: what is claimed meanwhile is in neither.
+        running = list(self.drain.running.items())
         rows = await self.pool.fetch(SQL["owned_items"], self.settings.replica_id)
         ours = {(str(row["queue_id"]), row["delivery_no"]): row for row in rows}
-        for key, (delivery, task) in list(self.drain.running.items()):
+        for key, (delivery, task) in running:
             row = ours.get(key)
             if row is None:
-                log.warning("delivery_taken_away", queue_id=key[0], delivery_no=key[1])
-                task.cancel()
-            elif row["cancel_requested"]:
+                if key in self.drain.running:
+                    log.warning("delivery_taken_away", queue_id=key[0], delivery_no=key[1])
+                    task.cancel()
+                continue
+            delivery.moved(row["url"] or "", row["agent_authorization"])
+            if row["beat_age_s"] is not None:
+                self.drain.alive(row["workspace_id"], age_s=row["beat_age_s"])
+            if row["cancel_at"] is not None:
                 delivery.ask_cancel()
+        self._adopt({key: row for key, row in ours.items() if not self.drain.holds(key)})
         return self.settings.reread_s
+
+    def _adopt(self, orphans: dict[tuple[str, int], asyncpg.Record]) -> None:
+        """Write back rows that are ours and that nobody here delivers: a claim whose commit was never confirmed.
+
+        Seen at two rereads in a row, for a turn may be about to begin them.
+        """
+        for key in orphans.keys() & self._orphans:
+            log.warning("delivery_adopted", queue_id=key[0], delivery_no=key[1])
+            item = store.item_of(orphans[key])
+            self.drain.settle(Ending(item, "written_back", error="its claim was never confirmed to us"))
+        self._orphans = set(orphans)
 
     async def snapshot(self) -> float:
         """Tell every backlog, also when there is none: whoever is left out has nothing waiting or running."""

@@ -33,9 +33,9 @@ FROM jsonb_to_recordset($1::jsonb) AS s(
 WHERE w.workspace_id = s.workspace_id
 
 -- name: waiting_workspaces
--- What a sweep looks at: somebody waits and there may be room. Keyset, so that a page of closed ones hides nobody (B-08).
+-- What a sweep looks at: somebody waits or is said to run. Keyset, so that a page of closed ones hides nobody (B-08).
 SELECT workspace_id FROM workspaces
-WHERE waiting > 0 AND workspace_id > $1 AND NOT paused AND NOT removed AND url IS NOT NULL
+WHERE (waiting > 0 OR running > 0) AND workspace_id > $1
 ORDER BY workspace_id LIMIT $2
 
 -- name: active_workspaces
@@ -163,8 +163,15 @@ UPDATE a2a_queue SET agent_task_id = $3, rev = rev + 1
 WHERE queue_id = $1 AND status = 'dispatched' AND delivery_no = $2 RETURNING queue_id
 
 -- name: owned_items
-SELECT queue_id, delivery_no, cancel_at IS NOT NULL AS cancel_requested FROM a2a_queue
-WHERE owner = $1 AND status = 'dispatched'
+-- A replica's own deliveries, with where their agents are now and when those last beat.
+SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
+       q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
+       w.url, w.agent_authorization, extract(epoch FROM clock_timestamp() - w.beat_at)::float8 AS beat_age_s
+FROM a2a_queue q JOIN workspaces w USING (workspace_id)
+WHERE q.owner = $1 AND q.status = 'dispatched'
+
+-- name: canceled_items
+SELECT queue_id FROM a2a_queue WHERE queue_id = ANY($1::uuid[]) AND cancel_at IS NOT NULL
 
 -- name: beat_replica
 INSERT INTO replicas (replica_id) VALUES ($1)
@@ -190,9 +197,10 @@ DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs 
 DELETE FROM replicas WHERE replica_id = $1
 
 -- name: ending_items
-SELECT queue_id, workspace_id FROM a2a_queue
-WHERE status = 'queued' AND least(expires_at, give_up_at) <= coalesce($1, clock_timestamp())
-ORDER BY least(expires_at, give_up_at) LIMIT 500
+-- Not while its workspace is paused: both clocks stop then.
+SELECT q.queue_id, q.workspace_id FROM a2a_queue q JOIN workspaces w USING (workspace_id)
+WHERE q.status = 'queued' AND least(q.expires_at, q.give_up_at) <= coalesce($1, clock_timestamp()) AND NOT w.paused
+ORDER BY least(q.expires_at, q.give_up_at) LIMIT 500
 
 -- name: end_items
 -- Items that wait and end without a delivery: canceled, expired, given up.

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import asyncpg
 
-from services.queue.decide import Finish, Forwards, Item, Requeue, Workspace, ranks
+from services.queue.decide import Finish, Forwards, Item, Requeue, Workspace, rank
 from shared.database import Connection, load_queries
 from shared.facts import MessageBusy, Priority
 
@@ -156,10 +156,11 @@ async def insert(
     rows = (
         (
             fact.queue_id, fact.workspace_id, fact.caller_id, fact.caller_hash, fact.key_hash, fact.body_hash,
-            PRIORITIES[fact.priority], rank, fact.method, fact.body, fact.reason, fact.context_id, fact.hops,
+            PRIORITIES[fact.priority], rank(fact.queue_id, fact.fact_id),
+            fact.method, fact.body, fact.reason, fact.context_id, fact.hops,
             fact.not_before, fact.expires_at, workspaces[fact.workspace_id].give_up_after_s,
         )
-        for fact, rank in zip(facts, ranks([fact.fact_id for fact in facts]), strict=True)
+        for fact in facts
     )  # fmt: skip
     return {row["queue_id"] for row in await connection.fetch(SQL["insert_items"], *_columns(rows))}
 
@@ -206,6 +207,11 @@ async def find_lost(connection: Connection, owner: str, silent_s: float, now: da
     rows = await connection.fetch(SQL["lost_items"], owner, silent_s, now)
     workspaces = await read(connection, {row["workspace_id"] for row in rows})
     return [_item(row, workspaces[row["workspace_id"]]) for row in rows]
+
+
+def item_of(row: asyncpg.Record) -> Item:
+    """A row that is already ours, as the item it is."""
+    return _item(row, Workspace(row["workspace_id"], url=row["url"], agent_authorization=row["agent_authorization"]))
 
 
 def _item(row: asyncpg.Record, workspace: Workspace) -> Item:

@@ -91,7 +91,7 @@ async def test_a_busy_agent_costs_no_attempt_and_no_place(front: Door) -> None:
             await front.keep(fact)
         await until(lambda: _refused_once(worker))
         rank = "SELECT rank_ms FROM a2a_queue WHERE queue_id = $1"
-        assert await front.side.pool.fetchval(rank, facts[0].queue_id) == facts[0].fact_id.int >> 80
+        assert await front.side.pool.fetchval(rank, facts[0].queue_id) == facts[0].queue_id.int >> 80
         items = await front.ended(*(fact.queue_id for fact in facts))
         assert [each.text for each in worker.received] == ["0", "1", "2", "3", "4"]
         assert {item["attempts"] for item in items} == {0}
@@ -162,18 +162,6 @@ async def test_a_message_id_may_be_used_again_after_its_item_ended_an_explicit_k
             await front.ended(second.queue_id)
             ours = {str(first.queue_id), str(second.queue_id)}
             assert len([each for each in worker.received if each.queue_id in ours]) == executions
-
-
-async def test_a_caller_cannot_choose_its_place_by_the_id_that_it_brings_back(front: Door) -> None:
-    name = fresh()
-    async with agent(name) as worker:
-        honest = front.busy(name, "honest")
-        await front.keep(honest)
-        old_id = UUID(int=honest.queue_id.int - (3_600_000 << 80))
-        await front.keep(front.busy(name, "pushing", queue_id=old_id))
-        await front.register(name, worker.url)
-        await front.ended(honest.queue_id, old_id)
-        assert [each.text for each in worker.received] == ["honest", "pushing"]
 
 
 async def test_a_paused_workspace_stays_paused_when_its_agent_registers_again(front: Door) -> None:
@@ -370,6 +358,60 @@ async def test_a_dead_owners_deliveries_are_taken_over_without_a_death(front: Do
         assert len(worker.received) == 1
 
 
+async def test_a_claim_that_was_never_confirmed_to_its_owner_is_written_back(front: Door) -> None:
+    """B-04, B-06: the commit's answer was lost: the row is ours, nobody delivers it, and we go on beating."""
+    name = fresh()
+    async with agent(name) as worker:
+        fact = front.busy(name, "x")
+        await front.keep(fact)
+        await front.side.pool.execute(
+            """UPDATE a2a_queue SET status = 'dispatched', delivery_no = 1, dispatched_at = now(),
+                                    owner = (SELECT replica_id FROM replicas LIMIT 1) WHERE queue_id = $1""",
+            fact.queue_id,
+        )
+        await front.side.pool.execute("UPDATE workspaces SET waiting = 0, running = 1 WHERE workspace_id = $1", name)
+        await front.register(name, worker.url)
+        (item,) = await front.ended(fact.queue_id)
+        assert (item["status"], item["attempts"], item["delivery_no"]) == ("completed", 0, 2)
+        assert len(worker.received) == 1
+
+
+async def test_a_cancel_of_what_is_under_way_holds_when_it_comes_back(front: Door) -> None:
+    """B-13: the agent gives it back; it ends as canceled instead of being delivered again."""
+    name = fresh()
+    async with agent(name, behaviour={"slow_s": 1.0, "preempted": 1}) as worker:
+        await front.register(name, worker.url)
+        fact = front.busy(name, "x")
+        await front.keep(fact)
+        await until(lambda: _is_dispatched(front, fact.queue_id))
+        status, body = await front.ask("cancel", name, queue_id=fact.queue_id)
+        assert (status, body["code"]) == (202, "cancel_requested")
+        (item,) = await front.ended(fact.queue_id)
+        assert (item["status"], item["delivery_no"]) == ("canceled", 1)
+
+
+async def test_no_clock_runs_while_a_workspace_is_paused(front: Door) -> None:
+    name = fresh()
+    await front.register(name, "http://127.0.0.1:20001", paused=True)
+    fact = front.busy(name, "x", expires_at="2020-01-01T00:00:00Z")
+    other = front.busy(fresh(), "x", expires_at="2020-01-01T00:00:00Z")
+    await front.keep(fact)
+    await front.keep(other)
+    await front.ended(other.queue_id)
+    assert (await front.item(fact.queue_id))["status"] == "queued"
+
+
+async def test_an_agent_that_says_come_at_once_is_not_asked_in_a_loop(front: Door) -> None:
+    name = fresh()
+    async with agent(name, behaviour={"retry_after_s": 0}) as worker:
+        worker.busy_for(1.0)
+        await front.register(name, worker.url)
+        fact = front.busy(name, "x")
+        await front.keep(fact)
+        await front.ended(fact.queue_id)
+        assert 1 <= len(worker.refused) <= 25, "a turn each 50 ms is the most"
+
+
 async def test_counters_that_leaked_are_corrected(front: Door) -> None:
     """B-06: a slot that nobody holds must not close a workspace for ever."""
     name = fresh()
@@ -411,6 +453,11 @@ async def _beat_is(front: Door, name: str, active: int) -> bool:
         "SELECT beat_active, beat_at FROM workspaces WHERE workspace_id = $1", name
     )
     return row is not None and row["beat_at"] is not None and row["beat_active"] == active
+
+
+async def _is_dispatched(front: Door, queue_id: UUID) -> bool:
+    query = "SELECT status = 'dispatched' FROM a2a_queue WHERE queue_id = $1"
+    return bool(await front.side.pool.fetchval(query, queue_id))
 
 
 async def _has_task(front: Door, queue_id: UUID) -> bool:

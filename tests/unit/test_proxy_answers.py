@@ -187,7 +187,7 @@ def test_the_card_has_every_interface_at_our_origin_and_both_dialects() -> None:
     assert served["url"] == "https://bide/workspaces/w/a2a"
     assert {each["protocolVersion"] for each in served["supportedInterfaces"]} == {"1.0", "0.3"}
     assert {each["protocolBinding"] for each in served["supportedInterfaces"]} == {"JSONRPC"}
-    assert served["capabilities"] == {"pushNotifications": True, "streaming": True}
+    assert served["capabilities"] == {"pushNotifications": True, "streaming": False}
     assert "signatures" not in served
     assert (served["skills"], served["x-own"]) == ([{"id": "s"}], 1)
 

@@ -26,7 +26,7 @@ from services.queue.decide import (
     fate,
     hear_beat,
     hear_forwards,
-    ranks,
+    rank,
     spare,
     taken,
     why,
@@ -47,6 +47,7 @@ def decided(reply: Reply, *, attempts: int = 0, deaths: int = 0, once: bool = Fa
         pytest.param("delivered", {}, "completed", None, id="Message, or Task in a terminal or interrupted state"),
         pytest.param("answer_lost", {}, "completed", "answer_lost", id="body lost after 2xx headers"),
         pytest.param("answer_too_large", {}, "completed", "answer_too_large", id="body over 8 MiB"),
+        pytest.param("ceiling", {}, "failed", "ceiling", id="a task that outlasts its longest turn"),
         pytest.param("refused", {}, "failed", "refused", id="JSON-RPC -32600…; other 4xx"),
         pytest.param("failed_attempt", {"attempts": 4}, "failed", "attempts", id="failed attempt, the fifth"),
         pytest.param("unknown", {"deaths": 2, "attempts": 2}, "failed", "poison", id="unknown, the third death"),
@@ -244,7 +245,7 @@ def test_counters_follow_any_sequence(steps: list[tuple[str, int]]) -> None:
 @pytest.mark.parametrize(
     ("streak", "asked", "jitter", "expected"),
     [(0, None, 1.0, 1.0), (3, None, 1.0, 8.0), (99, None, 1.0, 60.0), (3, None, 0.5, 4.0), (0, None, 0.0, 0.05),
-     (9, 2.5, 1.0, 2.5), (9, 500.0, 1.0, 60.0)],
+     (9, 2.5, 1.0, 2.5), (9, 0.0, 1.0, 0.05), (9, 500.0, 1.0, 60.0)],
 )  # fmt: skip
 def test_busy_wait(streak: int, asked: float | None, jitter: float, expected: float) -> None:
     assert busy_wait_s(streak, retry_after_s=asked, base_s=1, cap_s=60, jitter=jitter) == expected
@@ -260,7 +261,10 @@ def test_why(position: int, sentence: str) -> None:
     assert why(replace(OPEN, running=1), position, NOW) == sentence
 
 
-def test_first_in_is_first_out_by_the_millisecond_of_the_id() -> None:
-    older = UUID(int=(5 << 80) | 7)
-    newer = UUID(int=(6 << 80) | 1)
-    assert ranks([older, newer]) == [5, 6]
+@pytest.mark.parametrize(
+    ("read_ms", "kept_ms", "expected"),
+    [(100_000, 100_001, 100_000), (90_001, 100_001, 90_001), (90_000, 100_001, 90_001), (1, 100_001, 90_001)],
+)
+def test_a_place_in_the_line_is_when_the_body_was_read_within_reason(read_ms: int, kept_ms: int, expected: int) -> None:
+    """First in, first out, also for a forward that bounced; an old id that a caller brings back wins ten seconds."""
+    assert rank(UUID(int=read_ms << 80), UUID(int=kept_ms << 80)) == expected

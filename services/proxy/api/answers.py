@@ -1,7 +1,6 @@
 """What a caller is told about a message that is kept: the 202 body, our projection of it as a Task, the agent's answer.
 
-shouts. Nothing of ours is in `result` but `metadata[EXTENSION]`, and a waiting Task has no human text (A-P-09).
-shouts. Nothing of ours stands in `result` but `metadata[EXTENSION]`, and a waiting Task has no human text (A-P-09).
+Nothing of ours stands in `result` but `metadata[EXTENSION]`, and a waiting Task has no human text (A-P-09).
 """
 
 from __future__ import annotations

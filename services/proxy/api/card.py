@@ -64,7 +64,8 @@ def rewritten(card: dict[str, Any], url: str) -> dict[str, Any]:
     ours = {name: value for name, value in card.items() if name not in _DROPPED}
     said = card.get("capabilities")
     capabilities = dict(said) if isinstance(said, dict) else {}
-    capabilities["streaming"] = True
+    # What the agent can: until streams are bridged, an idle one that cannot would answer JSON to a caller who streams.
+    capabilities["streaming"] = capabilities.get("streaming") is True
     return {
         **ours,
         "name": str(card.get("name") or "agent"),

@@ -107,7 +107,7 @@ def read_message(
         body=_completed(envelope, queue_id, {}),
         request_id=envelope.request_id or f'"{queue_id}"',
         queue_id=queue_id,
-        key_hash=digest(key or envelope.message_id or str(queue_id)),
+        key_hash=digest(f"key:{key}" if key else envelope.message_id or str(queue_id)),
         # Without the value of `id`: an SDK's retry numbers its request anew, and it is the same message.
         body_hash=hashlib.sha256(unsent.encode()).digest(),
         has_key=key is not None or envelope.message_id is not None,
@@ -165,16 +165,20 @@ def _priority(said: Any) -> Priority:
         raise _bad("The priority is CRITICAL, TASK or INFO, in upper case.") from None
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_AHEAD_MAX = timedelta(days=3653)
+
+
 def _not_before(said: Any) -> datetime | None:
     if said is None:
         return None
     try:
         moment = datetime.fromisoformat(said)
-        if moment.tzinfo is not None:
-            return moment
-    except (ValueError, TypeError):
+        if moment.tzinfo is not None and moment.astimezone(UTC) < datetime.now(UTC) + _AHEAD_MAX:
+            return max(moment.astimezone(UTC), _EPOCH)
+    except (ValueError, TypeError, OverflowError):
         pass
-    raise _bad("not_before is an ISO 8601 moment with its offset, for example 2026-01-31T09:00:00Z.")
+    raise _bad("not_before is an ISO 8601 moment with its offset within ten years, for example 2026-01-31T09:00:00Z.")
 
 
 def _expires_at(

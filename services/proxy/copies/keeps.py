@@ -127,6 +127,10 @@ class Keeps:
             known = keep.shown_at is not None and copied_at >= keep.shown_at
             if known or copied_at > keep.promised_at + _LOST_S:
                 self._drop_pending(workspace_id, keep.queue_id)
+                if (
+                    keep.shown_at is None
+                ):  # nobody ever heard of it: what was promised was not kept, and GET asks the queue
+                    self._promised.pop(keep.queue_id, None)
         if waiting == 0 and not self.pending(workspace_id):
             # Nothing waits there at all: whatever was not heard to end has ended.
             self._held.pop(workspace_id, None)

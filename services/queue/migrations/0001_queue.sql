@@ -34,7 +34,6 @@ CREATE TABLE workspaces (
   rev                  bigint NOT NULL DEFAULT 0
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02);
 
-CREATE INDEX workspaces_waiting ON workspaces (workspace_id) WHERE waiting > 0;
 CREATE INDEX workspaces_active ON workspaces (workspace_id) WHERE waiting > 0 OR running > 0;
 
 -- Hot: only what is not finished. The body is what came, byte for byte.
