@@ -335,7 +335,8 @@ async def test_one_workspace_that_cannot_be_reached_stops_no_other(front: Door) 
             await front.keep(fact)
         await front.ended(*(fact.queue_id for fact in facts))
         item = await front.item(stuck.queue_id)
-        assert (item["status"], item["attempts"]) == ("queued", 0), "a refused connection costs no attempt"
+        assert item["status"] in {"queued", "dispatched"}, "it waits, or is just being tried again"
+        assert item["attempts"] == 0, "a refused connection costs no attempt"
 
 
 async def test_a_dead_owners_deliveries_are_taken_over_without_a_death(front: Door, stack: Stack) -> None:
