@@ -10,6 +10,7 @@ from itertools import pairwise
 from uuid import uuid4
 
 from bide_agent.agent import Agent
+from tests.conftest import until
 from tests.e2e.conftest import Caller, Fleet, Ready, up
 
 
@@ -142,13 +143,20 @@ async def test_the_same_with_its_proxy_killed(fleet: Fleet) -> None:
         client = Agents(AddressRules(allow_loopback=True))
         lead = Caller(ready, client, "lead")
         async with AsyncExitStack() as exits:
-            agent = await Fleet(ready, exits).start(work_s=1.0, heartbeat_s=1.0)
+            agent = await Fleet(ready, exits).start(work_s=3.0)
             name = agent_name(agent)
 
             # A proxy that never had a backlog's copy keeps what it could forward: warm the second one up.
             while (warm := await lead.send(name, "warm", proxy=1)).status != 200:
                 await lead.ended(warm.json["queue_id"])
             before = len(agent.received)
+
+            async def in_use(expected: int) -> bool:
+                """What the first proxy knows; at a cadence of 30 s it hears of the second one's forward by its beat."""
+                seen = await lead.call("GET", f"/workspaces/{name}")
+                return bool(seen.json["in_use"] == expected)
+
+            await until(lambda: in_use(0))  # the warm-up is over, and told
 
             async def forward() -> int:
                 try:
@@ -158,6 +166,8 @@ async def test_the_same_with_its_proxy_killed(fleet: Fleet) -> None:
 
             live = asyncio.create_task(forward())
             await agent.until(lambda: len(agent.received) > before)
+
+            await until(lambda: in_use(1))
             kept = await lead.send(name, "kept", proxy=0)
             os.kill(proxy_pid(ready), signal.SIGKILL)
             killed_at = time.monotonic()
@@ -166,6 +176,7 @@ async def test_the_same_with_its_proxy_killed(fleet: Fleet) -> None:
             item = await lead.ended(kept.json["queue_id"])
             assert item["status"] == "completed"
             assert_one_at_a_time(agent)
+            assert [each.text for each in agent.received][before:] == ["live", "kept"]
             print(f"proxy killed to the kept message delivered: {time.monotonic() - killed_at:.1f} s")
         await client.close()
 
