@@ -135,9 +135,9 @@ def stack(request: pytest.FixtureRequest) -> Stack:
     return _stacks["main"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def own_servers() -> Iterator[Servers]:
-    """Servers of this module alone, which it may stop, kill and freeze."""
+    """Servers of this worker alone, which a test may stop, kill and freeze, if it mends them afterwards."""
     folder = Path(tempfile.mkdtemp(dir=_made(Path(tempfile.gettempdir()) / f"bide-tests-{os.getuid()}"), prefix="own-"))
     with servers(folder, durable=False, report=_report, environ=_environ()) as running:
         make_template(running)
