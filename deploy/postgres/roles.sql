@@ -26,7 +26,7 @@ BEGIN
     EXECUTE format('ALTER ROLE %I SET search_path = %I', 'bide_' || service, service);
     EXECUTE format('ALTER ROLE %I SET statement_timeout = %L', 'bide_' || service, '30s');
     EXECUTE format('ALTER ROLE %I SET lock_timeout = %L', 'bide_' || service, '10s');
-    EXECUTE format('ALTER ROLE %I SET idle_in_transaction_session_timeout = %L', 'bide_' || service, '30s');
+    EXECUTE format('ALTER ROLE %I SET idle_in_transaction_session_timeout = %L', 'bide_' || service, '5s');
     EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), 'bide_' || service);
     EXECUTE format('CREATE SCHEMA IF NOT EXISTS %I AUTHORIZATION %I', service, 'bide_' || service);
     EXECUTE format('REVOKE ALL ON SCHEMA %I FROM PUBLIC', service);

@@ -115,9 +115,11 @@ class Link:
         finally:
             self._pairs.discard(pair)
             pair.reset()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(*pair.tasks, return_exceptions=True)
 
     async def _pump(self, pair: _Pair, source: asyncio.StreamReader, target: asyncio.StreamWriter, way: Way) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while chunk := await source.read(_CHUNK):
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
@@ -131,6 +133,8 @@ class Link:
                     return
             if target.can_write_eof():
                 target.write_eof()
+        except OSError:
+            pair.reset()  # a killed process resets its connections: the server must hear of it
 
     def _meets(self, way: Way, chunk: bytes) -> asyncio.Event | None:
         if self._cut_after is None or self._cut_after[0] != way or self._cut_after[1] not in chunk:
