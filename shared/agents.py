@@ -30,7 +30,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 _LIMITS = Limits()
 _ORIGINS_MAX = 4096
 """Hosts that are remembered before those without a connection are forgotten."""
-_METHODS = {"POST": b"POST ", "GET": b"GET ", "HEAD": b"HEAD ", "PUT": b"PUT ", "DELETE": b"DELETE "}
+_METHODS = {name: name.encode() + b" " for name in ("POST", "GET", "HEAD", "PUT", "PATCH", "DELETE")}
 _REPEATABLE = frozenset({"GET", "HEAD"})
 
 

@@ -51,6 +51,9 @@ _SQL = load_queries(Path(__file__).parent / "queries.sql")
 _CLOSE_S = 5.0
 _PREFETCH = 8
 """Batches in work at once per queue; each holds a connection of the pool while it is written."""
+_PREFETCH_ORDERED = 32
+"""Batches that may be written as one: an ordered queue is read by one replica, with one transaction at a time."""
+_TOGETHER_BYTES_MAX = 4 << 20
 
 
 class Reader:
@@ -87,7 +90,8 @@ class Reader:
     def store(self, fact: type[FactT], handle: Store[FactT], *, reader: str | None = None) -> None:
         """Let `handle` write `fact`; `reader` if the queue is not named after the service."""
         route = topology.route(fact, reader or self._service)
-        self._subscribe(route, partial(self._store_message, route, handle))
+        write = partial(self._write, route, handle)
+        self._subscribe(route, _Line(write) if route.ordered else partial(_alone, write))
 
     def hear(self, fact: type[FactT], handle: Hear[FactT]) -> None:
         """Let `handle` take `fact` into memory."""
@@ -154,21 +158,20 @@ class Reader:
         subscriber = self.broker.subscriber(
             queue,
             self._exchange,
-            channel=Channel(prefetch_count=_PREFETCH),
+            channel=Channel(prefetch_count=_PREFETCH_ORDERED if route.ordered else _PREFETCH),
             ack_policy=AckPolicy.MANUAL,
             decoder=_undecoded,
         )
         subscriber(receive)
 
-    async def _store_message(self, route: Route, handle: Store[FactT], message: RabbitMessage) -> None:
+    async def _write(self, route: Route, handle: Store[FactT], bodies: Sequence[bytes]) -> None:
         started = time.perf_counter()
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(fact=route.fact.__name__)
-        batch = _Batch(self._pool, self._inbox, route, handle, message.body)
+        batch = _Batch(self._pool, self._inbox, route, handle, bodies)
         if batch.facts or batch.unreadable:
             await batch.write()
             self._committed()
-        await message.ack()
         took_ms = (time.perf_counter() - started) * 1000
         log.debug("batch_stored", facts=len(batch.facts), unreadable=len(batch.unreadable), took_ms=round(took_ms, 1))
 
@@ -195,6 +198,49 @@ async def _undecoded(message: RabbitMessage) -> RabbitMessage:
     return message
 
 
+Write = Callable[[Sequence[bytes]], Awaitable[None]]
+"""Commits the facts of these message bodies; comes back only then."""
+
+
+async def _alone(write: Write, message: RabbitMessage) -> None:
+    await write([message.body])
+    await message.ack()
+
+
+class _Line:
+    """Messages of one queue in the broker's order: one transaction at a time, for whatever waits by then."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._waiting: list[tuple[RabbitMessage, asyncio.Event]] = []
+        self._one = asyncio.Lock()
+
+    async def __call__(self, message: RabbitMessage) -> None:
+        written = asyncio.Event()
+        self._waiting.append((message, written))
+        try:
+            async with self._one:
+                while not written.is_set():
+                    await self._write_next()
+        finally:
+            # Cancelled with its connection: the broker gives it to somebody else.
+            self._waiting = [each for each in self._waiting if each[1] is not written]
+        await message.ack()
+
+    async def _write_next(self) -> None:
+        together: list[tuple[RabbitMessage, asyncio.Event]] = []
+        size = 0
+        for each in self._waiting:
+            size += len(each[0].body)
+            if together and size > _TOGETHER_BYTES_MAX:
+                break
+            together.append(each)
+        await self._write([message.body for message, _ in together])
+        for each in together:
+            each[1].set()
+        self._waiting = [each for each in self._waiting if not each[1].is_set()]
+
+
 @dataclass(slots=True)
 class _Written:
     """What one try of a batch did; counted and told only once it has committed."""
@@ -207,17 +253,19 @@ class _Written:
 
 
 class _Batch:
-    """One batch on its way into the database: whole if that works, else fact by fact."""
+    """Batches on their way into the database together: whole if that works, else fact by fact."""
 
-    def __init__(self, pool: Pool, inbox: Inbox, route: Route, handle: Store[FactT], body: bytes) -> None:
+    def __init__(self, pool: Pool, inbox: Inbox, route: Route, handle: Store[FactT], bodies: Sequence[bytes]) -> None:
         self._pool = pool
         self._inbox = inbox
         self._once = route.kind is Kind.QUORUM
         self._name = route.fact.__name__
         self._handle = handle
-        self._body = body
+        self._bodies = bodies
         kind: type[FactT] = route.fact  # type: ignore[assignment]
-        self.facts, self.unreadable = decode_batch(kind, body)
+        decoded = [decode_batch(kind, body) for body in bodies]
+        self.facts = [fact for facts, _ in decoded for fact in facts]
+        self.unreadable = [bad for _, unreadable in decoded for bad in unreadable]
 
     async def write(self) -> None:
         """Commit the batch; come back only then."""
@@ -301,7 +349,7 @@ class _Batch:
     def _raw(self, fact: Fact) -> bytes:
         """The fact's own bytes, with what a newer writer put in that we do not know."""
         mark = str(fact.fact_id).encode()
-        return next((raw for raw in split(self._body) if mark in raw), encode(fact))
+        return next((raw for body in self._bodies for raw in split(body) if mark in raw), encode(fact))
 
 
 async def set_aside(connection: Connection, fact_type: str, raw: bytes, reason: str, error: str) -> str | None:

@@ -77,6 +77,8 @@ class Route:
     reader: str
     kind: Kind
     bytes_max: int | None = None
+    ordered: bool = False
+    """Read by one replica at a time, in the broker's order; another takes over when its connection ends (I3)."""
 
     def queue(self, replica_id: str) -> str:
         """Name of the queue; the same for all replicas unless the route is for each of them."""
@@ -95,7 +97,11 @@ class Route:
                     "x-dead-letter-routing-key": DEAD_QUEUE,
                     "x-dead-letter-strategy": "at-least-once",
                 }
-                return arguments if self.bytes_max is None else {**arguments, "x-max-length-bytes": self.bytes_max}
+                if self.bytes_max is not None:
+                    arguments["x-max-length-bytes"] = self.bytes_max
+                if self.ordered:
+                    arguments["x-single-active-consumer"] = True
+                return arguments
             case Kind.PERISHABLE:
                 return {
                     "x-queue-type": "classic",
@@ -116,7 +122,7 @@ class Route:
 
 def _routes() -> Iterator[Route]:
     quorum, perishable, replica = Kind.QUORUM, Kind.PERISHABLE, Kind.REPLICA
-    yield Route(MessageBusy, "queue", quorum, bytes_max=_KEPT_BYTES_MAX)
+    yield Route(MessageBusy, "queue", quorum, bytes_max=_KEPT_BYTES_MAX, ordered=True)
     yield Route(ItemKept, "proxy", replica)
     yield Route(QueueQuery, "queue", perishable)
     yield Route(QueryAnswered, "proxy", replica)

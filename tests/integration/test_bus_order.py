@@ -1,0 +1,86 @@
+"""What must be read in order is: one replica at a time, batches that wait are written together, another takes over."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+from uuid_utils.compat import uuid7
+
+from shared.consumer import Tell
+from shared.database import Connection
+from shared.facts import MessageBusy
+from tests.conftest import Stack, until
+from tests.integration.conftest import Replica, replica
+
+
+def numbered(number: int) -> MessageBusy:
+    return MessageBusy(
+        workspace_id="w", rev=number + 1, queue_id=uuid7(), caller_id="c", caller_hash=bytes(32), key_hash=bytes(32),
+        body_hash=bytes(32), reason="at_capacity", method="message/send", body=b"{}",
+    )  # fmt: skip
+
+
+class Written:
+    """What handlers committed, in the order of their commits, and in how many transactions."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.by: list[str] = []
+
+    async def read(self, side: Replica) -> None:
+        async def handle(connection: Connection, facts: Sequence[MessageBusy]) -> Tell:
+            # Work of random length: two transactions at once would overtake each other.
+            await connection.execute("SELECT pg_sleep($1)", random.uniform(0, 0.01))
+
+            def tell() -> None:
+                self.numbers += [fact.rev - 1 for fact in facts]
+                self.by.append(side.settings.replica_id)
+
+            return tell
+
+        side.reader.store(MessageBusy, handle)
+        await side.reader.start()
+
+    async def until(self, count: int) -> None:
+        async def there() -> bool:
+            return len(self.numbers) >= count
+
+        await until(there)
+
+
+async def test_messages_are_written_in_the_order_in_which_they_were_confirmed(clean: Stack) -> None:
+    """I3: 500 batches of one fact, two replicas; one of them reads, and what waits is one transaction."""
+    written = Written()
+    async with replica(clean) as one, replica(clean) as two:
+        await written.read(one)
+        await written.read(two)
+        for number in range(500):
+            await one.publisher.publish(numbered(number))
+        await written.until(500)
+        assert written.numbers == list(range(500))
+        assert len(set(written.by)) == 1
+        assert len(written.by) < 500
+
+
+async def test_another_replica_reads_on_when_the_one_that_read_is_gone(clean: Stack) -> None:
+    written = Written()
+    async with replica(clean) as one, replica(clean) as two:
+        await written.read(one)
+        await written.read(two)
+        posting = asyncio.create_task(_post(one, 300))
+        await written.until(50)
+        reading = {one.settings.replica_id: one, two.settings.replica_id: two}[written.by[0]]
+        connection = await reading.reader.broker.connect()
+        await connection.close()  # un-acked batches go back to their place
+        await posting
+        await written.until(300)
+        assert sorted(set(written.numbers)) == list(range(300))
+        assert len(written.numbers) == 300, "each once: the inbox knows what had been committed"
+        assert len(set(written.by)) == 2
+
+
+async def _post(side: Replica, count: int) -> None:
+    for number in range(count):
+        await side.publisher.publish(numbered(number))
