@@ -8,7 +8,7 @@ WORKERS ?= 2
 STEP = @sh -c 'b=$$(date +%s); "$$@"; r=$$?; echo "$$0  $$(( $$(date +%s) - b )) s" >&2; exit $$r'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos bench lint types format scenarios lock fresh
+.PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos test-chaos-long bench lint types format scenarios lock fresh
 
 help: ## What there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ test-e2e: setup ## The whole stack from outside
 
 test-chaos: setup ## Servers and services that stop, die and freeze under load
 	$(STEP) "chaos tests" $(PYTEST) -n $(WORKERS) $(ARGS) tests/chaos
+
+test-chaos-long: setup ## The same with outages of 60 to 90 s and the large counts
+	$(STEP) "long chaos tests" env BIDE_TEST_LONG=1 $(PYTEST) -n $(WORKERS) --timeout 900 $(ARGS) tests/chaos
 
 bench: setup ## Measure, side by side in one run
 	@$(PY) -m tests.bench.bus $(ARGS)
