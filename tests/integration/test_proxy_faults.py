@@ -322,6 +322,37 @@ async def test_a_keep_without_a_confirm_is_unknown_and_its_retry_is_one_item(
     assert (await front.say(name, "once", x_queue_id="not-ours")).status == 400
 
 
+async def test_all_who_joined_a_message_that_may_be_kept_are_told_one_id(
+    front: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A-P-16, I2: whichever of them sends it again, it is the same item."""
+    name = fresh()
+    await front.register(name)
+    publisher, sent = front.service.publisher, front.service.publisher._publish
+    cut = asyncio.Event()
+
+    async def lost(*arguments: Any) -> None:
+        await sent(*arguments)
+        await cut.wait()
+        raise ConnectionResetError("cut before the confirm")
+
+    monkeypatch.setattr(publisher, "_publish", lost)
+    calls = [asyncio.create_task(front.say(name, "once", message_id="m-1", request_id=n)) for n in range(3)]
+    await until(lambda: _joined(front, 2), 5)
+    cut.set()
+    replies = await asyncio.gather(*calls)
+    monkeypatch.setattr(publisher, "_publish", sent)
+    assert [reply.json()["error"]["data"]["code"] for reply in replies] == ["keep_unknown"] * 3
+    told = {reply.headers["x-queue-id"] for reply in replies}
+    assert len(told) == 1, told
+    retries = [await front.say(name, "once", message_id="m-1", x_queue_id=each) for each in told]
+    assert {retry.json()["queue_id"] for retry in retries} == told
+
+
+async def _joined(front: Proxy, count: int) -> bool:
+    return sum(flight.joined for flight in front.copies.flights._flights.values()) == count
+
+
 async def test_idle_agents_stay_reachable_while_the_queue_is_away(stack: Stack) -> None:
     """A copy of the backlog that is too old holds nothing back, and is counted."""
     await empty(stack)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from services.proxy.api import rendering
 from services.proxy.api.answers import Kept
@@ -147,7 +148,9 @@ class A2A:
         """Take the message in hand: `reason` says why it is kept, None that it goes to the agent."""
         key = (message.workspace_id, message.caller.caller_hash, message.key_hash)
         flights = self._copies.flights
-        flight = flights.begin(key, message.envelope.method, message.body_hash) if message.has_key else None
+        flight = None
+        if message.has_key:
+            flight = flights.begin(key, message.envelope.method, message.body_hash, message.queue_id)
         try:
             if message.wish is Wish.LIMITED and reason is not None:
                 with self._copies.keeps.waiting_for(message.queue_id) as waiter:
@@ -214,7 +217,9 @@ class A2A:
                 raise
             return await refuse_call(request, LOST, message.request_id)
         assert isinstance(landed, Passed | Kept | Broken | Refuse)
-        return await self._endings.answer(request, message, landed, None)
+        # Where the keep is unknown, all retries must bring back one id: that under which the broker may have it.
+        joined = replace(message, queue_id=flight.queue_id)
+        return await self._endings.answer(request, joined, landed, None)
 
 
 def _log(message: Message, verdict: Verdict, landed: Landed | None, *, became: str, took_s: float) -> None:
