@@ -1,16 +1,22 @@
-"""What proxy does by the clock: tell of its live forwards, and read again what has changed in the registry."""
+"""What proxy does by the clock: tell of its forwards, read again what has changed, write whose tasks are."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from services.proxy.copies import Copies
 from services.proxy.settings import Settings
 from services.proxy.store import Store
 from shared.broker import Publisher
+from shared.database import classify
 from shared.loops import Loop
+from shared.telemetry import log
 
 _IDLE_S = 60.0
+_WRITTEN_MAX = 1000
+_FORGET_S = 3600.0
+_LAST_WRITE_S = 2.0
 _LOOK_S = 1.0
 _RELOAD_S = 300.0
 """The whole registry is read this often besides: a fact that was lost with a replica's queue is found then."""
@@ -91,3 +97,52 @@ class Reading:
                 registry.unread |= asked
                 raise
         return _LOOK_S
+
+
+class Owning:
+    """Writes behind the forwards who was given which Task, many at once; forgets what is old."""
+
+    def __init__(self, settings: Settings, copies: Copies, store: Store) -> None:
+        self._settings = settings
+        self._owners = copies.owners
+        self._store = store
+        self._written_at = float("-inf")
+        self._forgotten_at = float("-inf")
+        self.loop = Loop("owning", self.run_once)
+        self._owners.wake = self.loop.wake
+
+    async def run_once(self) -> float:
+        now = time.monotonic()
+        wait_s = self._written_at + self._settings.task_owner_pause_s - now
+        if wait_s > 0 and self._owners.unwritten:
+            return wait_s
+        self._written_at = now
+        await self._write()
+        if now - self._forgotten_at > _FORGET_S:
+            await self._store.forget_task_owners(self._settings.task_owner_keep_s)
+            self._forgotten_at = now
+        return self._settings.task_owner_pause_s if self._owners.unwritten else _IDLE_S
+
+    async def close(self) -> None:
+        """Write what is left; a registry that is away does not hold up the end."""
+        try:
+            async with asyncio.timeout(_LAST_WRITE_S):
+                while self._owners.unwritten:
+                    await self._write()
+        except Exception as error:
+            if classify(error) is None:
+                raise
+            log.warning("task_owners_not_written", count=self._owners.unwritten)
+
+    async def _write(self) -> None:
+        taken = self._owners.take_unwritten(_WRITTEN_MAX)
+        if not taken:
+            return
+        try:
+            await self._store.insert_task_owners(taken)
+        except BaseException:
+            self._owners.put_back(taken)
+            raise
+        if self._owners.dropped:
+            log.error("task_owners_forgotten", count=self._owners.dropped)
+            self._owners.dropped = 0

@@ -19,7 +19,8 @@ from services.proxy.api.identity import Caller, Identity
 from services.proxy.api.keeping import Keeper
 from services.proxy.api.message import Message, Wish, now_utc, read_message
 from services.proxy.api.outgoing import Addresser
-from services.proxy.api.questions import Questions
+from services.proxy.api.owning import Owning
+from services.proxy.api.questions import NOBODYS, Questions
 from services.proxy.api.rendering import CallerSink, Landed, parse_call, refuse_call
 from services.proxy.api.situation import Situation
 from services.proxy.api.tasks import Tasks
@@ -28,7 +29,7 @@ from services.proxy.copies import Copies
 from services.proxy.copies.flights import Flight
 from services.proxy.copies.uses import LiveForward
 from services.proxy.decide import Arrival, Attach, Forward, Head, Keep, Reason, Refuse, Verdict, Workspace, admit, route
-from services.proxy.forward import Back, Broken, Ending, Passed, forward
+from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, forward
 from services.proxy.metrics import ATTACHED, FORWARDS, FORWARDS_RUNNING, STALE_COPY
 from services.proxy.settings import Settings
 from shared.a2a import Envelope, Verb
@@ -64,6 +65,7 @@ class A2A:
         keeper: Keeper,
         questions: Questions,
         agents: Agents,
+        owning: Owning,
         stopping: asyncio.Event,
         changed: Changed,
     ) -> None:
@@ -74,11 +76,12 @@ class A2A:
         self._keeper = keeper
         self._questions = questions
         self._agents = agents
+        self._owning = owning
         self._changed = changed
         self._addresser = Addresser(settings, copies)
         self._situation = Situation(settings, copies)
         self._endings = Endings(copies, questions, stopping)
-        self._tasks = Tasks(questions, self._addresser, agents, settings)
+        self._tasks = Tasks(questions, self._addresser, agents, owning, settings)
 
     async def __call__(self, request: Request, workspace_id: str) -> str:
         """Answer the request; return the word for what became of it."""
@@ -134,13 +137,24 @@ class A2A:
                 return await self._begin(request, message, workspace, None)
 
     async def _about_agents_task(self, message: Message) -> Message:
-        """A message about a Task of ours reaches the agent under the agent's own id for it."""
-        ours = own_id(message.envelope.task_id)
-        if ours is None:
+        """A message about a Task of ours reaches the agent under the agent's own id for it.
+
+        Raises:
+            Refused: it names another's task.
+        """
+        strange = message.envelope.task_ids
+        if not strange:
             return message
-        item = await self._questions.item(ours, message.caller)
+        ours = own_id(message.envelope.task_id)
+        item = await self._questions.item(ours, message.caller) if ours is not None else NOBODYS
         agents_id = None if isinstance(item, Refuse) else rendering.agents_task_id(item)
-        return message.about_task(agents_id) if agents_id else message
+        if agents_id:
+            message = message.about_task(agents_id)
+            strange -= {str(message.envelope.task_id)}
+        refuse = await self._owning.refuse(message.workspace_id, message.caller, strange)
+        if refuse is not None:
+            raise Refused(refuse)
+        return message
 
     async def _begin(
         self, request: Request, message: Message, workspace: Workspace, reason: Reason | None
@@ -194,7 +208,7 @@ class A2A:
         FORWARDS_RUNNING.inc()
         self._changed(message.workspace_id)
         try:
-            ending = await forward(self._agents, outgoing, sink)
+            ending = await forward(self._agents, outgoing, sink, task_known=self._owner(message))
             counted = _COUNTED.get(ending.verdict.outcome, "answered")
         finally:
             FORWARDS_RUNNING.dec()
@@ -202,6 +216,13 @@ class A2A:
             self._changed(message.workspace_id)
         FORWARDS.labels(ending.verdict.outcome.value).inc()
         return ending
+
+    def _owner(self, message: Message) -> TaskKnown | None:
+        """A Task that the agent begins for this message is its caller's. One that the message named is whose it was."""
+        if message.envelope.task_id is not None:
+            return None
+        owners, workspace_id, caller_hash = self._copies.owners, message.workspace_id, message.caller.caller_hash
+        return lambda task_id: owners.tell(workspace_id, task_id, caller_hash)
 
     async def _attach(self, request: Request, message: Message) -> str:
         """Wait for the answer of the same message; each gets it under the id of its own request."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from uuid import UUID
 
 from uuid_utils.compat import uuid7
 
+from services.proxy.api.answers import agents_ids
 from services.proxy.api.identity import Caller
 from services.proxy.api.wire import own_id
 from services.proxy.copies import Copies
@@ -91,7 +93,9 @@ class Questions:
         """One item as 2-http shapes it, also one that was promised here and is not read yet."""
         found = await self.ask("item", queue_id=queue_id, caller_hash=scope(caller))
         if found is not None and found.status == 200:  # noqa: PLR2004
-            return await self._followed(found, caller)
+            found = await self._followed(found, caller)
+            self._tell_owner(found.read(), caller)
+            return found
         promised = self.promised(queue_id, caller)
         if promised is not None:
             return Found(200, json.dumps(promised).encode())
@@ -108,6 +112,14 @@ class Questions:
         if found.status != 200:  # noqa: PLR2004
             return Refuse(found.status, str(said.get("code")), str(said.get("detail")), -32001)
         return base64.b64decode(said["answer_base64"])
+
+    def _tell_owner(self, item: Mapping[str, Any], caller: Caller) -> None:
+        """What the item shows of the agent's Task makes it this caller's, as the answer of a live forward does."""
+        if caller.is_operator:
+            return  # it may be anybody's item
+        for task_id in {item.get("agent_task_id"), agents_ids(item)}:
+            if isinstance(task_id, str):
+                self._copies.owners.tell(str(item["workspace_id"]), task_id, caller.caller_hash)
 
     async def _followed(self, found: Found, caller: Caller) -> Found:
         """A proposed id that turned out to be a duplicate stands for the first one's item."""
