@@ -99,13 +99,18 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """The answer is an error. `rpc_code` is the JSON-RPC code where one is answered."""
+    """The answer is an error. `rpc_code` is the JSON-RPC code where one is answered.
+
+    `is_reply`: A2A's own answer to a call about a task, such as "no such task", and no trouble of ours. It goes out
+    with HTTP 200: the official clients throw away unread what comes with any other status.
+    """
 
     status: int
     code: str
     sentence: str
     rpc_code: int = -32603
     retry_after_s: int | None = None
+    is_reply: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,7 +249,7 @@ async def test_a_waiting_message_is_canceled_and_another_s_does_not_exist(ring: 
         one, two = [(await ring.say(name, text)).json()["queue_id"] for text in ("one", "two")]
         path, key = f"/workspaces/{name}/a2a", await operator(ring, "stranger", ())
         stranger = await ring.call("POST", path, rpc("tasks/cancel", one), token=key)
-        assert stranger.json()["error"]["code"] == -32001, stranger.body
+        assert (stranger.status, stranger.json()["error"]["code"]) == (200, -32001), stranger.body
         assert (await ring.call("GET", f"/queue/{one}", token=key)).status == 404
         assert (await ring.call("DELETE", f"/queue/{one}")).status == 200
         canceled = await ring.call("POST", path, rpc("tasks/cancel", two), x_workspace_id="lead")
@@ -258,6 +258,26 @@ async def test_a_waiting_message_is_canceled_and_another_s_does_not_exist(ring: 
         assert again.json()["result"]["status"]["state"] == "canceled"
         assert (await first).status == 200
         assert [each.text for each in worker.received] == ["first"]
+
+
+async def test_what_the_protocol_itself_answers_about_a_task_comes_with_200(ring: Proxy) -> None:
+    """Official clients raise on any other status before they read the error; trouble of ours keeps its own."""
+    name = fresh()
+    async with agent(name) as worker:
+        await seat(ring, worker, name)
+        path = f"/workspaces/{name}/a2a"
+        kept = await ring.say(name, "k", prefer="wait=10")
+        queue_id = kept.headers["x-queue-id"]
+        over = await ring.call("POST", path, rpc("tasks/cancel", queue_id), x_workspace_id="lead")
+        assert (over.status, over.json()["error"]["code"]) == (200, -32002), over.body
+        other = fresh()
+        await ring.register(other, worker.url)
+        elsewhere = await ring.call("POST", f"/workspaces/{other}/a2a", rpc("tasks/get", queue_id))
+        assert (elsewhere.status, elsewhere.json()["error"]["code"]) == (200, -32001), elsewhere.body
+        assert elsewhere.json()["error"]["data"]["code"] == "item_unknown"
+        nowhere = await ring.call("POST", f"/workspaces/{fresh()}/a2a", rpc("tasks/get", queue_id))
+        assert (nowhere.status, nowhere.json()["error"]["code"]) == (404, -32001), "no such address is no reply"
+        assert (await ring.call("POST", path, rpc("tasks/get", queue_id), token="no")).status == 401
 
 
 async def operator(front: Proxy, caller_id: str, rights: tuple[str, ...]) -> str:

@@ -25,7 +25,11 @@ from services.proxy.api.answers import (
 from services.proxy.api.card import rewritten
 from services.proxy.api.identity import digest, display
 from services.proxy.api.openapi import DESCRIPTION, DOCS
-from services.proxy.api.wire import own_id
+from services.proxy.api.owning import UNCHECKED
+from services.proxy.api.questions import AWAY, NOBODYS, NOT_YET
+from services.proxy.api.tasks import NO_AGENT, NOT_CANCELABLE
+from services.proxy.api.wire import own_id, problem, rpc_error
+from services.proxy.decide import Refuse
 from shared.results import EXTENSION, Kind, read_result
 
 QUEUE_ID = UUID("01890000-0000-7000-8000-000000000001")
@@ -199,3 +203,16 @@ def test_the_description_names_what_it_refers_to_and_the_page_loads_nothing() ->
         assert name in schemas
     assert b"http" not in DOCS.replace(b"https-equiv", b"")
     assert b"src=" not in DOCS
+
+
+@pytest.mark.parametrize(
+    ("refuse", "status"),
+    [(NOBODYS, 200), (NOT_CANCELABLE, 200), (NOT_YET, 503), (AWAY, 503), (NO_AGENT, 503), (UNCHECKED, 503)],
+    ids=lambda value: getattr(value, "code", None),
+)
+def test_a_reply_of_the_protocol_has_status_200_and_trouble_of_ours_has_its_own(refuse: Refuse, status: int) -> None:
+    response = rpc_error(refuse, "7")
+    assert response.status == status
+    said = json.loads(response.body)["error"]
+    assert (said["code"], said["data"]["status"]) == (refuse.rpc_code, refuse.status)
+    assert problem(refuse).status == refuse.status, "plain routes speak HTTP"

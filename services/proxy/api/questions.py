@@ -27,7 +27,7 @@ AWAY = Refuse(503, "queue_away", "The queue service does not answer now. Ask aga
 NOT_YET = Refuse(
     503, "not_yet_visible", "The id is new, and the queue has not read it yet. Ask again.", retry_after_s=1
 )
-NOBODYS = Refuse(404, "item_unknown", "There is no such message of yours. Check the id.", -32001)
+NOBODYS = Refuse(404, "item_unknown", "There is no such task or message of yours. Check the id.", -32001, is_reply=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from shared.results import read_result
 
 _OURS = (Verb.GET, Verb.CANCEL, Verb.SUBSCRIBE)
 _NO_SUCH_TASK = -32001
-NOT_CANCELABLE = Refuse(409, "not_cancelable", "The task has ended, and stays as it is.", -32002)
+NOT_CANCELABLE = Refuse(409, "not_cancelable", "The task has ended, and stays as it is.", -32002, is_reply=True)
 NO_AGENT = Refuse(
     503, "no_agent", "Its agent is reachable nowhere now. Send messages: those are kept.", retry_after_s=30
 )
@@ -55,8 +55,10 @@ class Tasks:
         item = await self._questions.item(queue_id, caller) if queue_id is not None else NOBODYS
         if isinstance(item, Found) and queue_id is not None:
             response = await self._ours(item, queue_id, caller, workspace, envelope)
+            if isinstance(response, Refuse):
+                return await refuse_call(request, response, envelope.request_id or "null")
             await response.send(request.send)
-            return "answered" if response.status < 400 else "refused"  # noqa: PLR2004
+            return "answered"
         refuse = await self._owning.refuse(workspace.workspace_id, caller, envelope.task_ids)
         if refuse is not None:
             return await refuse_call(request, refuse, envelope.request_id or "null")
@@ -69,16 +71,16 @@ class Tasks:
 
     async def _ours(
         self, item: Found, queue_id: UUID, caller: Caller, workspace: Workspace, envelope: Envelope
-    ) -> Response:
+    ) -> Response | Refuse:
         request_id = envelope.request_id or "null"
         modern = "/" not in envelope.method
         said = await self._whole(item, caller)
         if said.get("workspace_id") != workspace.workspace_id:
-            return rpc_error(NOBODYS, request_id)
+            return NOBODYS
         if envelope.verb is Verb.CANCEL:
             canceled = await self._cancel(queue_id, caller)
             if isinstance(canceled, Refuse):
-                return rpc_error(canceled, request_id)
+                return canceled
             said = canceled
         found = {**task_of_item(said, modern=modern), "id": str(queue_id)}
         if envelope.verb is Verb.SUBSCRIBE:
