@@ -274,8 +274,10 @@ class QueueQuery(Fact):
     """
 
     query_id: UUID
-    verb: Literal["item", "list", "cancel", "answer"]
+    verb: Literal["item", "list", "cancel", "answer", "known"]
     queue_id: UUID | None = None
+    key_hash: Digest | None = None
+    """With `known`: an explicit key, which may stand for an item as the id may."""
     caller_hash: Digest | None = None
     """Only items of this caller; None: an operator, who sees all."""
     status: str | None = None

@@ -70,6 +70,8 @@ async def _answer(connection: Connection, fact: QueueQuery) -> Answer:
             return await _list(connection, fact)
         case "cancel":
             return await _cancel(connection, fact)
+        case "known":
+            return await _known(connection, fact)
 
 
 def _problem(code: str, detail: str) -> dict[str, str]:
@@ -107,6 +109,12 @@ async def _whole_answer(connection: Connection, fact: QueueQuery) -> Answer:
     if row["answer"] is None:
         return 404, _problem("no_answer", f"The item is {row['status']} and has no answer.")
     return 200, {"answer_base64": base64.b64encode(row["answer"]).decode()}
+
+
+async def _known(connection: Connection, fact: QueueQuery) -> Answer:
+    """Whether the id, or the key, stands for an item of this caller: then a message with it takes no new place."""
+    about = (fact.workspace_id, fact.caller_hash, fact.queue_id, fact.key_hash)
+    return (200, {}) if await connection.fetchval(SQL["is_known"], *about) else _UNKNOWN
 
 
 async def _list(connection: Connection, fact: QueueQuery) -> Answer:

@@ -11,6 +11,7 @@ from typing import Any
 import aio_pika
 import pytest
 from prometheus_client import REGISTRY
+from uuid_utils.compat import uuid7
 
 from bide_agent.agent import Agent
 from shared import topology
@@ -241,6 +242,28 @@ async def test_the_depth_has_an_end(front: Proxy) -> None:
     full = await front.say(name, "again")
     assert full.json()["error"]["data"]["code"] == "queue_full"
     assert int(full.headers["retry-after"]) > 0
+
+
+async def test_a_fresh_key_or_id_buys_no_place_and_a_retry_keeps_its_own(front: Proxy) -> None:
+    """A-Q-24, I2: also of what has ended, while the line is full; and another caller's id is worth nothing."""
+    name = fresh()
+    await front.register(name)
+    canceled = (await front.say(name, "0", message_id="m-0", idempotency_key="k-0")).json()["queue_id"]
+    assert (await front.call("DELETE", f"/queue/{canceled}")).status == 200
+    await front.call("PATCH", f"/workspaces/{name}", {"queue_depth_max": 2})
+    first = (await front.say(name, "1", message_id="m-1", idempotency_key="k-1")).json()["queue_id"]
+    second = (await front.say(name, "2", message_id="m-2")).json()["queue_id"]
+    assert (await front.say(name, "3", idempotency_key="fresh")).status == 429
+    assert (await front.say(name, "3", x_queue_id=str(uuid7()))).status == 429
+    assert (await front.say(name, "3", caller="another", x_queue_id=second)).status == 429
+    keyed = await front.say(name, "1", message_id="m-1", idempotency_key="k-1")
+    assert (keyed.status, keyed.json()["queue_id"]) == (202, first)
+    told = await front.say(name, "2", message_id="m-2", x_queue_id=second)
+    assert (told.status, told.json()["queue_id"]) == (202, second)
+    ended = await front.say(name, "0", message_id="m-0", idempotency_key="k-0")
+    assert (ended.status, ended.headers["x-queue-id"]) == (200, canceled), ended.body
+    listed = (await front.call("GET", f"/workspaces/{name}/queue")).json()["items"]
+    assert [each["queue_id"] for each in listed] == [first, second]
 
 
 # ── the broker, the queue, the registry ──────────────────────────────────────────────────────────────────────────────

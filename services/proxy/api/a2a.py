@@ -28,7 +28,20 @@ from services.proxy.api.wire import Refused, Request, own_id
 from services.proxy.copies import Copies
 from services.proxy.copies.flights import Flight
 from services.proxy.copies.uses import LiveForward
-from services.proxy.decide import Arrival, Attach, Forward, Head, Keep, Reason, Refuse, Verdict, Workspace, admit, route
+from services.proxy.decide import (
+    Arrival,
+    Ask,
+    Attach,
+    Forward,
+    Head,
+    Keep,
+    Reason,
+    Refuse,
+    Verdict,
+    Workspace,
+    admit,
+    route,
+)
 from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, forward
 from services.proxy.metrics import ATTACHED, FORWARDS, FORWARDS_RUNNING, STALE_COPY
 from services.proxy.settings import Settings
@@ -117,6 +130,12 @@ class A2A:
             assert isinstance(verdict, Refuse), "a fault is refused"
             return await refuse_call(request, verdict, request_id)
         verdict = route(self._situation.arrival(head, message, workspace))
+        if isinstance(verdict, Ask):
+            known = await self._questions.knows(message)
+            # Much may have happened meanwhile: it is looked at anew, and from here on nothing is awaited.
+            arrival = self._situation.arrival(head, message, workspace)
+            verdict = route(replace(arrival, known=known or bool(arrival.known)))
+            assert not isinstance(verdict, Ask), "it is asked once"
         word, landed = await self._follow(verdict, request, message, workspace)
         _log(message, verdict, landed, became=word, took_s=time.perf_counter() - started)
         return word

@@ -15,6 +15,7 @@ from uuid_utils.compat import uuid7
 
 from services.proxy.api.answers import agents_ids
 from services.proxy.api.identity import Caller
+from services.proxy.api.message import Message
 from services.proxy.api.wire import own_id
 from services.proxy.copies import Copies
 from services.proxy.decide import Refuse
@@ -53,10 +54,11 @@ class Questions:
 
     async def ask(
         self,
-        verb: Literal["item", "list", "cancel", "answer"],
+        verb: Literal["item", "list", "cancel", "answer", "known"],
         *,
         caller_hash: bytes | None,
         queue_id: UUID | None = None,
+        key_hash: bytes | None = None,
         workspace_id: str = FLEET,
         status: str | None = None,
         priority: Priority | None = None,
@@ -71,6 +73,7 @@ class Questions:
             query_id=uuid7(),
             verb=verb,
             queue_id=queue_id,
+            key_hash=key_hash,
             caller_hash=caller_hash,
             status=status,
             priority=priority,
@@ -102,6 +105,17 @@ class Questions:
         if found is None:
             return AWAY
         return await self.why_not(queue_id)
+
+    async def knows(self, message: Message) -> bool:
+        """Whether its id or its explicit key stands for an item of its caller; no, where the queue does not say."""
+        found = await self.ask(
+            "known",
+            workspace_id=message.workspace_id,
+            caller_hash=message.caller.caller_hash,
+            queue_id=message.queue_id,
+            key_hash=message.key_hash if message.explicit_key else None,
+        )
+        return found is not None and found.status == 200  # noqa: PLR2004
 
     async def answer(self, queue_id: UUID, caller: Caller) -> bytes | Refuse:
         """The agent's answer to an item, byte for byte."""
