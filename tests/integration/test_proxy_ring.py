@@ -205,6 +205,26 @@ async def test_a_limited_wait_gives_the_answer_or_a_promise(ring: Proxy) -> None
         assert "slow" in str(found["answer"])
 
 
+@pytest.mark.parametrize(("asynchronous", "whose"), [(True, "ours"), (False, "the agent's")])
+async def test_a_limited_wait_of_a_modern_caller_gets_what_send_message_answers(
+    ring: Proxy, asynchronous: bool, whose: str
+) -> None:
+    """1.0's oneof, also where the agent accepted and its Task was followed to the end; then under our id."""
+    name = fresh()
+    async with agent(name, work_s=0.2, behaviour={"asynchronous": asynchronous, "answer": "task"}) as worker:
+        await seat(ring, worker, name)
+        reply = await ring.say(name, "m", method="SendMessage", a2a_version="1.0", prefer="wait=15", request_id=9)
+        assert (reply.status, reply.headers.get("preference-applied")) == (200, "wait=15"), reply.body
+        assert (reply.json()["id"], reply.json()["result"].keys()) == (9, {"task"})
+        task = reply.json()["result"]["task"]
+        assert task["status"]["state"] == "TASK_STATE_COMPLETED"
+        queue_id = reply.headers["x-queue-id"]
+        assert (task["id"] == queue_id) is (whose == "ours")
+        found = await ring.call("POST", f"/workspaces/{name}/a2a", rpc("GetTask", task["id"]), x_workspace_id="lead")
+        assert found.json()["result"]["id"] == task["id"], "and that can be asked for"
+        assert found.json()["result"]["status"]["state"] == "TASK_STATE_COMPLETED"
+
+
 async def test_blocking_and_streaming_callers_get_the_submitted_task(ring: Proxy) -> None:
     name = fresh()
     async with agent(name, work_s=1.0) as worker:

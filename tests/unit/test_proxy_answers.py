@@ -16,6 +16,7 @@ from services.proxy.api.answers import (
     Dialect,
     Kept,
     agents_ids,
+    followed,
     kept_body,
     kept_headers,
     task_of_item,
@@ -216,3 +217,35 @@ def test_a_reply_of_the_protocol_has_status_200_and_trouble_of_ours_has_its_own(
     said = json.loads(response.body)["error"]
     assert (said["code"], said["data"]["status"]) == (refuse.rpc_code, refuse.status)
     assert problem(refuse).status == refuse.status, "plain routes speak HTTP"
+
+
+def test_an_accepted_task_is_answered_to_a_modern_sender_in_his_shape_under_our_id() -> None:
+    """1.0: SendMessage answers a oneof, GetTask the bare Task. Parts are nobody's business."""
+    said = {"messageId": "m", "taskId": "t", "parts": [{"data": {"taskId": "t", "id": "t"}}]}
+    task = {
+        "id": "t",
+        "contextId": "c",
+        "status": {"state": "TASK_STATE_COMPLETED", "message": said},
+        "history": [said],
+    }
+    answer = json.dumps({"jsonrpc": "2.0", "id": 1, "result": task}).encode()
+    body = followed(answer, QUEUE_ID, "7")
+    assert body is not None
+    ours = {**said, "taskId": str(QUEUE_ID)}
+    expected = {**task, "id": str(QUEUE_ID), "status": {"state": "TASK_STATE_COMPLETED", "message": ours}}
+    assert json.loads(body) == {"jsonrpc": "2.0", "id": 7, "result": {"task": {**expected, "history": [ours]}}}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"result": {"task": {"id": "t", "status": {"state": "TASK_STATE_COMPLETED"}}}},
+        {"result": {"message": {"messageId": "m", "parts": []}}},
+        {"error": {"code": -32602, "message": "no"}},
+        {"result": None},
+        [],
+    ],
+)
+def test_what_the_agent_answered_to_the_message_stays_as_it_came(answer: Any) -> None:
+    assert followed(json.dumps(answer).encode(), QUEUE_ID, "7") is None
+    assert followed(b"{", QUEUE_ID, "7") is None

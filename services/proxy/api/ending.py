@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from services.proxy.api import rendering
-from services.proxy.api.answers import Kept, result_body, task_of_item, with_request_id
+from services.proxy.api.answers import Kept, followed, result_body, task_of_item, with_request_id
 from services.proxy.api.message import Message, Wish
 from services.proxy.api.questions import Questions
 from services.proxy.api.rendering import Landed
@@ -100,7 +100,8 @@ class Endings:
         task_id = read_result(answer).task_id
         if task_id is not None:
             self._copies.owners.tell(message.workspace_id, task_id, message.caller.caller_hash)
-        return Response(200, with_request_id(answer, message.request_id), headers=_ids(kept))
+        wrapped = followed(answer, kept.queue_id, message.request_id) if message.dialect.modern else None
+        return Response(200, wrapped or with_request_id(answer, message.request_id), headers=_ids(kept))
 
 
 def _ids(kept: Kept) -> list[tuple[bytes, bytes]]:
