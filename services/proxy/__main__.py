@@ -19,7 +19,7 @@ from services.proxy.api.registry import Registrar
 from services.proxy.api.workspaces import Workspaces
 from services.proxy.copies import Copies
 from services.proxy.handlers import Handlers
-from services.proxy.loops import Beats, Owning, Reading
+from services.proxy.loops import Beats, Catching, Owning, Reading
 from services.proxy.settings import Settings
 from services.proxy.store import Store
 from shared.addresses import AddressRules
@@ -44,7 +44,7 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
     agents = Agents(rules)
     stack.push_async_callback(agents.close)
     beats, reading = Beats(settings, copies, service.publisher), Reading(copies, store, service.publisher)
-    owning = Owning(settings, copies, store)
+    owning, catching = Owning(settings, copies, store), Catching(settings, copies, service.publisher)
     await reading.load()
     Handlers(copies, reading.loop.wake).register(service.reader)
     identity, questions = Identity(settings, copies, store), Questions(settings, copies, service.publisher)
@@ -64,7 +64,7 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
         cards=Cards(settings, finding, identity),
     )  # fmt: skip
     stack.push_async_callback(owning.close)
-    await stack.enter_async_context(turning([beats.loop, reading.loop, owning.loop]))
+    await stack.enter_async_context(turning([beats.loop, reading.loop, owning.loop, catching.loop]))
     stack.push_async_callback(door.close, settings.drain_s)
     door.open(api)
     return copies

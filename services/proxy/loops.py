@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import UTC, datetime, timedelta
+
+from uuid_utils.compat import uuid7
 
 from services.proxy.copies import Copies
 from services.proxy.settings import Settings
 from services.proxy.store import Store
+from shared import topology
 from shared.broker import Publisher
 from shared.database import classify
+from shared.facts import FLEET, QueryAnswered, QueueQuery
 from shared.loops import Loop
 from shared.telemetry import log
 
@@ -17,6 +22,8 @@ _IDLE_S = 60.0
 _WRITTEN_MAX = 1000
 _FORGET_S = 3600.0
 _LAST_WRITE_S = 2.0
+_ASK_S = 0.25
+_ASKED_S = 2.0
 _LOOK_S = 1.0
 _RELOAD_S = 300.0
 """The whole registry is read this often besides: a fact that was lost with a replica's queue is found then."""
@@ -74,7 +81,7 @@ class Reading:
         self._copies = copies
         self._store = store
         self._publisher = publisher
-        self._was_cut = False
+        self._reconnects = publisher.reconnects
         self._loaded_at = float("-inf")
         self.loop = Loop("registry", self.run_once)
 
@@ -84,10 +91,10 @@ class Reading:
         self._loaded_at = time.monotonic()
 
     async def run_once(self) -> float:
-        connected = self._publisher.is_connected
-        if (self._was_cut and connected) or time.monotonic() - self._loaded_at > _RELOAD_S:
+        reconnects = self._publisher.reconnects
+        if reconnects != self._reconnects or time.monotonic() - self._loaded_at > _RELOAD_S:
             await self.load()
-        self._was_cut = not connected
+            self._reconnects = reconnects
         registry = self._copies.registry
         asked, registry.unread = registry.unread, set()
         if asked:
@@ -97,6 +104,33 @@ class Reading:
                 registry.unread |= asked
                 raise
         return _LOOK_S
+
+
+class Catching:
+    """Asks the queue for every backlog: until there was one since the start, and whenever the bus was cut.
+
+    While the queue is away nobody answers, and nothing waits for it here: the table of §1 keeps what it must.
+    """
+
+    def __init__(self, settings: Settings, copies: Copies, publisher: Publisher) -> None:
+        self._backlogs = copies.backlogs
+        self._publisher = publisher
+        self._reply_to = topology.route(QueryAnswered, "proxy").queue(settings.replica_id)
+        self._reconnects = publisher.reconnects
+        self.loop = Loop("catching", self.run_once)
+
+    async def run_once(self) -> float:
+        reconnects, first = self._publisher.reconnects, self._backlogs.snapshot_at is None
+        if first or reconnects != self._reconnects:
+            self._reconnects = reconnects
+            expires_at = datetime.now(UTC) + timedelta(seconds=_ASKED_S)
+            self._publisher.post(
+                QueueQuery(
+                    workspace_id=FLEET, rev=0, query_id=uuid7(), verb="snapshot", expires_at=expires_at,
+                    reply_to=self._reply_to,
+                )
+            )  # fmt: skip
+        return _ASK_S if first else _LOOK_S
 
 
 class Owning:

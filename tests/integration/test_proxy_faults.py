@@ -287,6 +287,31 @@ async def test_without_a_snapshot_a_proxy_keeps_and_answers_for_its_promise(lone
         assert not worker.received
 
 
+async def test_a_proxy_that_starts_asks_for_its_first_copy(stack: Stack) -> None:
+    """Rule 8: it does not wait for the queue's next turn, which here would not come; after a cut it asks again."""
+    await empty(stack)
+    await purge(stack)
+    name = fresh()
+    async with AsyncExitStack() as exits:
+        one = await exits.enter_async_context(proxy(stack))
+        await exits.enter_async_context(queue_service(stack, snapshot_s=3600.0, snapshot_pause_s=0.2))
+        await one.ready()
+        worker = await exits.enter_async_context(agent(name))
+        await seat(one, worker)
+        assert (await one.say(name)).status == 200, "it forwards"
+        two = await exits.enter_async_context(proxy(stack))
+        await two.ready()
+        first = two.copies.backlogs.snapshot_at or 0.0
+        transport = two.service.publisher._connection.transport
+        assert transport is not None
+        await transport.connection.close(ConnectionResetError("cut"))
+
+        async def has_newer() -> bool:
+            return (two.copies.backlogs.snapshot_at or 0.0) > first
+
+        await until(has_newer, 15)
+
+
 async def test_an_id_that_another_replica_promised_is_not_yet_visible(stack: Stack) -> None:
     await empty(stack)
     await purge(stack)
