@@ -180,14 +180,15 @@ def _envelope(text: str, found: Mapping[str, _Value], every: Iterable[tuple[str,
         task_id=words("params.message.taskId") or words("params.id"),
         message_metadata=mapping("params.message.metadata"),
         configuration=mapping("params.configuration"),
-        task_ids=_task_ids(every),
+        task_ids=frozenset() if _NAMES_TASK.isdisjoint(found) else _task_ids(every),
         expires_in_s=_seconds(said("params.expiresInSeconds")),
         spans={path: (value.start, value.end) for path, value in found.items()},
     )
 
 
-_NAMES_TASK = frozenset({"params.id", "params.taskId", "params.message.taskId", "params.name", "params.parent"})
 _REFERENCES = "params.message.referenceTaskIds"
+_RESOURCES = ("params.name", "params.parent")
+_NAMES_TASK = frozenset({"params.id", "params.taskId", "params.message.taskId", _REFERENCES, *_RESOURCES})
 
 
 def _task_ids(every: Iterable[tuple[str, _Value]]) -> frozenset[str]:
@@ -197,7 +198,7 @@ def _task_ids(every: Iterable[tuple[str, _Value]]) -> frozenset[str]:
         if path in _NAMES_TASK and isinstance(value.value, str):
             # 1.0's drafts name resources: tasks/<id>, tasks/<id>/pushNotificationConfigs/<id>.
             named = value.value.split("/") if value.value.startswith("tasks/") else []
-            found.add(named[1] if path in ("params.name", "params.parent") and named else value.value)
+            found.add(named[1] if path in _RESOURCES and named else value.value)
         elif path == _REFERENCES and isinstance(value.value, list):
             found.update(each for each in value.value if isinstance(each, str))
     return frozenset(found)
