@@ -133,7 +133,7 @@ class Catching:
         return _ASK_S if first else _LOOK_S
 
 
-class Owning:
+class Writing:
     """Writes behind the forwards who was given which Task, many at once; forgets what is old."""
 
     def __init__(self, settings: Settings, copies: Copies, store: Store) -> None:
@@ -142,7 +142,7 @@ class Owning:
         self._store = store
         self._written_at = float("-inf")
         self._forgotten_at = float("-inf")
-        self.loop = Loop("owning", self.run_once)
+        self.loop = Loop("task_owners", self.run_once)
         self._owners.wake = self.loop.wake
 
     async def run_once(self) -> float:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from services.proxy.api import rendering
 from services.proxy.api.answers import Kept
 from services.proxy.api.ending import Endings
 from services.proxy.api.finding import Finding
@@ -19,12 +18,11 @@ from services.proxy.api.identity import Caller, Identity
 from services.proxy.api.keeping import Keeper
 from services.proxy.api.message import Message, Wish, now_utc, read_message
 from services.proxy.api.outgoing import Addresser
-from services.proxy.api.owning import Owning
-from services.proxy.api.questions import NOBODYS, Questions
+from services.proxy.api.questions import Questions
 from services.proxy.api.rendering import CallerSink, Landed, parse_call, refuse_call
 from services.proxy.api.situation import Situation
 from services.proxy.api.tasks import Tasks
-from services.proxy.api.wire import Refused, Request, own_id
+from services.proxy.api.wire import Refused, Request
 from services.proxy.copies import Copies
 from services.proxy.copies.flights import Flight
 from services.proxy.copies.uses import LiveForward
@@ -78,7 +76,8 @@ class A2A:
         keeper: Keeper,
         questions: Questions,
         agents: Agents,
-        owning: Owning,
+        addresser: Addresser,
+        tasks: Tasks,
         stopping: asyncio.Event,
         changed: Changed,
     ) -> None:
@@ -89,12 +88,11 @@ class A2A:
         self._keeper = keeper
         self._questions = questions
         self._agents = agents
-        self._owning = owning
+        self._tasks = tasks
         self._changed = changed
-        self._addresser = Addresser(settings, copies)
+        self._addresser = addresser
         self._situation = Situation(settings, copies)
         self._endings = Endings(copies, questions, stopping)
-        self._tasks = Tasks(questions, self._addresser, agents, owning, settings)
 
     async def __call__(self, request: Request, workspace_id: str) -> str:
         """Answer the request; return the word for what became of it."""
@@ -124,7 +122,7 @@ class A2A:
                 request, caller, workspace.workspace_id, envelope,
                 hops=head.hops or 0, wait_max_s=self._settings.wait_max_s, now=now_utc(),
             )  # fmt: skip
-            message = await self._about_agents_task(message)
+            message = await self._tasks.resolve(message)
         except Refused as error:
             verdict = route(Arrival(head=head, fault=error.refuse))
             assert isinstance(verdict, Refuse), "a fault is refused"
@@ -154,26 +152,6 @@ class A2A:
             case Forward(stale_copy):
                 STALE_COPY.inc(stale_copy)
                 return await self._begin(request, message, workspace, None)
-
-    async def _about_agents_task(self, message: Message) -> Message:
-        """A message about a Task of ours reaches the agent under the agent's own id for it.
-
-        Raises:
-            Refused: it names another's task.
-        """
-        strange = message.envelope.task_ids
-        if not strange:
-            return message
-        ours = own_id(message.envelope.task_id)
-        item = await self._questions.item(ours, message.caller) if ours is not None else NOBODYS
-        agents_id = None if isinstance(item, Refuse) else rendering.agents_task_id(item)
-        if agents_id:
-            message = message.about_task(agents_id)
-            strange -= {str(message.envelope.task_id)}
-        refuse = await self._owning.refuse(message.workspace_id, message.caller, strange)
-        if refuse is not None:
-            raise Refused(refuse)
-        return message
 
     async def _begin(
         self, request: Request, message: Message, workspace: Workspace, reason: Reason | None

@@ -13,11 +13,12 @@ from uuid import UUID
 
 from services.proxy.api.answers import result_body, task_of_item
 from services.proxy.api.identity import Caller
+from services.proxy.api.message import Message
 from services.proxy.api.outgoing import Addresser
 from services.proxy.api.owning import UNREADABLE, Owning
 from services.proxy.api.questions import AWAY, NOBODYS, NOT_YET, Found, Questions, scope
-from services.proxy.api.rendering import EVENT_STREAM, CallerSink, broken, refuse_call
-from services.proxy.api.wire import Request, Response, own_id, rpc_error
+from services.proxy.api.rendering import EVENT_STREAM, CallerSink, agents_task_id, broken, refuse_call
+from services.proxy.api.wire import Refused, Request, Response, own_id, rpc_error
 from services.proxy.decide import Refuse, Workspace
 from services.proxy.forward import RECORDED_BYTES_MAX, Broken, Passed, forward
 from services.proxy.settings import Settings
@@ -37,7 +38,7 @@ Look = Callable[[bytes], Awaitable[bytes | Refuse]]
 
 
 class Tasks:
-    """Everything on the A2A route that is no message."""
+    """Everything on the A2A route that is no message, and what of a message names a task."""
 
     def __init__(
         self, questions: Questions, addresser: Addresser, agents: Agents, owning: Owning, settings: Settings
@@ -68,6 +69,26 @@ class Tasks:
         elif envelope.verb is Verb.LIST and not caller.is_operator:
             look = partial(self._owning.only_own, workspace.workspace_id, caller)
         return await self._agents_own(request, workspace, envelope, hops, look)
+
+    async def resolve(self, message: Message) -> Message:
+        """The message as the agent can read it: a Task of ours is named by the agent's own id for it.
+
+        Raises:
+            Refused: it names another's task.
+        """
+        strange = message.envelope.task_ids
+        if not strange:
+            return message
+        ours = own_id(message.envelope.task_id)
+        item = await self._questions.item(ours, message.caller) if ours is not None else NOBODYS
+        agents_id = None if isinstance(item, Refuse) else agents_task_id(item)
+        if agents_id:
+            message = message.about_task(agents_id)
+            strange -= {str(message.envelope.task_id)}
+        refuse = await self._owning.refuse(message.workspace_id, message.caller, strange)
+        if refuse is not None:
+            raise Refused(refuse)
+        return message
 
     async def _ours(
         self, item: Found, queue_id: UUID, caller: Caller, workspace: Workspace, envelope: Envelope

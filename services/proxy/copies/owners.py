@@ -1,6 +1,6 @@
 """Whose an agent's own Tasks are: whoever got one in the answer to his message, and nobody else.
 
-The newest are remembered here, so that the forward that saw one waits for nothing; `loops.Owning` writes them behind
+The newest are remembered here, so that the forward that saw one waits for nothing; `loops.Writing` writes them behind
 it, and every replica, also one that was started since, finds them in Postgres.
 """
 
