@@ -108,6 +108,8 @@ class Publisher:
         self._exchange = exchange
         self._confirm_timeout_s = confirm_timeout_s
         self._lanes: dict[tuple[type[Fact], str], _Lane] = {}
+        self.reconnects = 0
+        """Grows with each: what came meanwhile may be lost, however short the cut was."""
         for route in topology.ROUTES:
             for outcome in ("confirmed", "not_published", "unknown"):
                 FACTS_PUBLISHED.labels(route.fact.__name__, outcome)
@@ -150,6 +152,9 @@ class Publisher:
     async def probe(self) -> None:
         """One round trip to the broker, for /readyz: `ping` stays true against a frozen one."""
         await probe(self._connection)
+
+    def reconnected(self, *_: object) -> None:
+        self.reconnects += 1
 
     @property
     def is_connected(self) -> bool:
@@ -258,6 +263,7 @@ async def open_publisher(settings: SharedSettings) -> AsyncIterator[Publisher]:
         # broker that lost its data.
         exchange = await channel.get_exchange(topology.EXCHANGE, ensure=False)
         publisher = Publisher(connection, channel, exchange, confirm_timeout_s=settings.confirm_timeout_s)
+        connection.reconnect_callbacks.add(publisher.reconnected)
         try:
             yield publisher
         finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -39,6 +39,8 @@ class Answers:
 
     publisher: Publisher
     drain: Drain
+    tell_backlogs: Callable[[], None] = lambda: None
+    """Wakes whoever tells every backlog."""
 
     async def query(self, connection: Connection, facts: Sequence[QueueQuery]) -> Tell:
         """Answer each question; what came too late is refused, so that a command is never a surprise."""
@@ -54,6 +56,8 @@ class Answers:
         def tell() -> None:
             for reply_to, reply in answered:
                 self.publisher.post(reply, to=reply_to)
+            if any(fact.verb == "snapshot" for fact in facts):
+                self.tell_backlogs()
 
         return tell
 
@@ -61,15 +65,7 @@ class Answers:
 async def _answer(connection: Connection, fact: QueueQuery) -> Answer:
     if fact.expires_at < datetime.now(UTC):
         return 408, _problem("too_late", "The request came after its own deadline; nothing was done. Send it again.")
-    match fact.verb:
-        case "item":
-            return await _item(connection, fact)
-        case "answer":
-            return await _whole_answer(connection, fact)
-        case "list":
-            return await _list(connection, fact)
-        case "cancel":
-            return await _cancel(connection, fact)
+    return await _VERBS[fact.verb](connection, fact)
 
 
 def _problem(code: str, detail: str) -> dict[str, str]:
@@ -107,6 +103,12 @@ async def _whole_answer(connection: Connection, fact: QueueQuery) -> Answer:
     if row["answer"] is None:
         return 404, _problem("no_answer", f"The item is {row['status']} and has no answer.")
     return 200, {"answer_base64": base64.b64encode(row["answer"]).decode()}
+
+
+async def _known(connection: Connection, fact: QueueQuery) -> Answer:
+    """Whether the id, or the key, stands for an item of this caller: then a message with it takes no new place."""
+    about = (fact.workspace_id, fact.caller_hash, fact.queue_id, fact.key_hash)
+    return (200, {}) if await connection.fetchval(SQL["is_known"], *about) else _UNKNOWN
 
 
 async def _list(connection: Connection, fact: QueueQuery) -> Answer:
@@ -220,3 +222,17 @@ def _json(answer: bytes) -> Any:
 
 def _iso(moment: datetime | None) -> str | None:
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z") if moment is not None else None
+
+
+async def _snapshot(_connection: Connection, _fact: QueueQuery) -> Answer:
+    return 200, {}  # it comes to everybody, by its own way
+
+
+_VERBS: Mapping[str, Callable[[Connection, QueueQuery], Awaitable[Answer]]] = {
+    "item": _item,
+    "answer": _whole_answer,
+    "list": _list,
+    "cancel": _cancel,
+    "known": _known,
+    "snapshot": _snapshot,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -37,7 +38,13 @@ class Loops:
     drain: Drain
     _page_after: str = ""
     _snapshots: int = 0
+    _snapshot_at: float = float("-inf")
+    snapshots: Loop = field(init=False)
+    """Woken by whoever needs a snapshot at once."""
     _orphans: set[tuple[str, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.snapshots = Loop("snapshot", self.snapshot)
 
     def all(self) -> list[Loop]:
         return [
@@ -45,7 +52,7 @@ class Loops:
             Loop("endings", self.end_due),
             Loop("owner", self.beat),
             Loop("reread", self.reread),
-            Loop("snapshot", self.snapshot),
+            self.snapshots,
         ]
 
     async def sweep(self) -> float:
@@ -139,6 +146,10 @@ class Loops:
 
     async def snapshot(self) -> float:
         """Tell every backlog, also when there is none: whoever is left out has nothing waiting or running."""
+        wait_s = self._snapshot_at + min(self.settings.snapshot_pause_s, self.settings.snapshot_s) - time.monotonic()
+        if wait_s > 0:
+            return wait_s  # one serves all who ask meanwhile
+        self._snapshot_at = time.monotonic()
         read_at = datetime.now().astimezone()
         async with self.pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
             workspaces = {each.workspace_id: each for each in await store.read_active(connection)}

@@ -232,6 +232,13 @@ SELECT queue_id, workspace_id, caller_id, caller_hash, status, reason, priority,
        dispatched_at, ended_at, NULL, NULL, NULL, context_id, method, agent_task_id, superseded_by, answer, last_error
 FROM a2a_finished WHERE queue_id = $1
 
+-- name: is_known
+-- Whether $3 is an item of this caller here, waiting or ended, or $4 one of his explicit keys.
+SELECT EXISTS (SELECT FROM a2a_queue WHERE queue_id = $3 AND workspace_id = $1 AND caller_hash = $2)
+  OR EXISTS (SELECT FROM a2a_finished WHERE queue_id = $3 AND workspace_id = $1 AND caller_hash = $2)
+  OR EXISTS (SELECT FROM idempotency_keys
+             WHERE workspace_id = $1 AND caller_hash = $2 AND key_hash = $4 AND expires_at > now())
+
 -- name: count_ahead
 SELECT count(*)::int FROM (
   SELECT FROM a2a_queue WHERE workspace_id = $1 AND status = 'queued' AND (lane, rank_ms, queue_id) < ($2, $3, $4)

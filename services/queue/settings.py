@@ -18,6 +18,8 @@ class Settings(SharedSettings):
     sweep_s: float = Field(default=5.0, gt=0)
     """How often workspaces that wait are looked at without a reason, and expired items end."""
     snapshot_s: float = Field(default=5.0, gt=0)
+    snapshot_pause_s: float = Field(default=0.5, gt=0)
+    """The least time between two snapshots, however many proxies ask for one."""
     owner_beat_s: float = Field(default=5.0, gt=0)
     owner_silent_s: float = Field(default=20.0, gt=0)
     """A replica that has not beaten for this long, by the database's clock, has lost its deliveries."""

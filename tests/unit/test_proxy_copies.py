@@ -296,6 +296,29 @@ def test_in_use_follows_forwards_between_beats() -> None:
     assert use.in_use(T0 + 6) == 1, "something that is not ours"
 
 
+OVERTAKEN = [
+    ("sampled earlier", 1, 99.9, True),
+    ("the same sample", 1, 100.0, False),
+    ("sampled later", 1, 100.1, False),
+    ("another life", 2, 0.1, False),
+    ("it does not say", 1, None, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("incarnation", "uptime_s", "expected"), [row[1:] for row in OVERTAKEN], ids=[row[0] for row in OVERTAKEN]
+)
+def test_a_beat_is_overtaken_by_one_that_was_sampled_later(
+    incarnation: int, uptime_s: float | None, expected: bool
+) -> None:
+    use = Uses("me").of("w")
+    assert not use.was_overtaken(1, 100.0), "nothing was heard yet"
+    use.hear_heartbeat(heartbeat(0, 0, uptime_s=100.0))
+    assert use.was_overtaken(incarnation, uptime_s) is expected
+    use.heard_at -= 10
+    assert not use.was_overtaken(incarnation, uptime_s), "no beat travels for 10 s: the agent's clock went back"
+
+
 @pytest.mark.parametrize(("outcome", "expected"), [("answered", 0), ("busy", 0), ("unknown", 1), ("accepted", 1)])
 def test_how_a_forward_ended_decides_what_counts(outcome: str, expected: int) -> None:
     uses = Uses("me")
@@ -383,7 +406,7 @@ def test_a_beat_names_what_runs_and_what_ended_lately_under_growing_numbers() ->
 async def test_the_same_message_joins_and_another_body_does_not() -> None:
     flights = Flights()
     key = ("w", CALLER, b"k")
-    flight = flights.begin(key, "message/send", b"body")
+    flight = flights.begin(key, "message/send", b"body", uuid7())
     assert flights.look(key, "message/send", b"body") is InFlight.SAME
     assert flights.look(key, "message/send", b"other") is InFlight.OTHER_BODY
     assert flights.look(("w", OTHER, b"k"), "message/send", b"body") is InFlight.NO, "A-Q-02: keys are a caller's own"

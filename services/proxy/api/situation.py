@@ -42,6 +42,7 @@ class Situation:
             in_flight=in_flight,
             keyed=message.explicit_key,
             repeated=message.repeated,
+            known=self._known(message, workspace_id),
             key_running=use.runs_key(message.key_hash, now),
             limited_wait=message.wish is Wish.LIMITED,
             to_itself=message.caller.caller_id == workspace_id,
@@ -59,6 +60,12 @@ class Situation:
             in_use_max=use.max_concurrent or workspace.max_concurrent,
             now=now,
         )
+
+    def _known(self, message: Message, workspace_id: str) -> bool | None:
+        if not (message.explicit_key or message.repeated):
+            return None
+        has, whose = self._copies.keeps.has, message.caller.caller_hash
+        return has(workspace_id, whose, queue_id=message.queue_id, key_hash=message.key_hash) or None
 
     def _share(self, message: Message, workspace: Workspace, depth: int) -> Share:
         if not depth:

@@ -35,6 +35,7 @@ class Keep:
     promised_at: float
     shown_at: float | None = None
     told: asyncio.Future[ItemKept] | None = None
+    key_hash: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -86,6 +87,14 @@ class Keeps:
     def find(self, queue_id: UUID) -> Keep | None:
         """A promise that the queue has not shown yet."""
         return self._promised.get(queue_id)
+
+    def has(self, workspace_id: str, caller_hash: bytes, *, queue_id: UUID, key_hash: bytes) -> bool:
+        """Whether this id or this key is one of this caller's promises that the queue has not covered yet."""
+        pending = self._pending.get(workspace_id)
+        return pending is not None and any(
+            keep.caller_hash == caller_hash and (keep.queue_id == queue_id or keep.key_hash == key_hash)
+            for keep in pending.values()
+        )
 
     def pending(self, workspace_id: str) -> int:
         return len(self._pending.get(workspace_id, ()))

@@ -17,6 +17,8 @@ from shared.capacity import FORWARDS_FRESH_S, Beat, counts_as_ended, in_use
 from shared.facts import Ended, ProxyBeat, Running, WorkspaceHeartbeat
 
 ENDED_KEEP_S = 60.0
+_IN_FLIGHT_S = 10.0
+"""No beat is on its way for longer: an uptime that goes back later than this is the agent's own clock."""
 _ENDED_MAX = 256
 """Ended forwards that are remembered per workspace. Beyond it a beat may count a little too much."""
 _NOT_BEGUN = frozenset({"busy", "not_delivered"})
@@ -62,6 +64,8 @@ class Use:
     beat_rev: int = 0
     heard_at: float = 0.0
     """`time.monotonic()` of the last beat: a silent turn of an agent that beats is not cut."""
+    uptime_s: float | None = None
+    """What its last beat said: the agent's own clock at the moment of its sample."""
     max_concurrent: int | None = None
     """What its last beat said, if it said something."""
     own: dict[str, LiveForward] = field(default_factory=dict)
@@ -100,7 +104,13 @@ class Use:
     def renew(self, incarnation: int) -> None:
         """Another life: what the last one said of itself is void."""
         if incarnation > self.incarnation:
-            self.incarnation, self.beat, self.max_concurrent = incarnation, None, None
+            self.incarnation, self.beat, self.max_concurrent, self.uptime_s = incarnation, None, None, None
+
+    def was_overtaken(self, incarnation: int, uptime_s: float | None) -> bool:
+        """Whether a beat of the same process that was sampled later has come in a moment ago."""
+        if uptime_s is None or self.uptime_s is None or incarnation != self.incarnation:
+            return False
+        return uptime_s < self.uptime_s and time.monotonic() - self.heard_at < _IN_FLIGHT_S
 
     def hear_heartbeat(self, fact: WorkspaceHeartbeat) -> None:
         if fact.incarnation < self.incarnation or fact.rev <= self.beat_rev:
@@ -109,6 +119,7 @@ class Use:
         self.beat_rev = fact.rev
         self.beat = Beat(fact.active_tasks, fact.rev / 1e6, fact.cadence_s)
         self.heard_at = time.monotonic()
+        self.uptime_s = fact.uptime_s
         self.max_concurrent = fact.max_concurrent_tasks
         self.recount()
 
