@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from services.queue.answers import Answers
+from services.queue.aside import end_unreadable
 from services.queue.drain import Drain
 from services.queue.handlers import Handlers
 from services.queue.loops import Loops
@@ -34,7 +35,7 @@ async def main(settings: Settings) -> None:
         handlers = Handlers(settings, service.publisher, drain)
         answers = Answers(service.publisher, drain)
         loops = Loops(settings, service.pool, service.publisher, drain)
-        service.reader.store(MessageBusy, handlers.message_busy)
+        service.reader.store(MessageBusy, handlers.message_busy, aside=end_unreadable)
         service.reader.store(WorkspaceHeartbeat, handlers.heartbeats)
         service.reader.store(ProxyBeat, handlers.proxy_beats)
         service.reader.store(WorkspaceRegistered, handlers.registered)

@@ -107,6 +107,13 @@ FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::by
 JOIN unnest($13::uuid[]) WITH ORDINALITY AS s(by, n) USING (n)
 ON CONFLICT DO NOTHING
 
+-- name: insert_unreadable
+-- A message that was promised and could not be kept; its bytes are in dead_letters.
+INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
+                          method, body, enqueued_at, ended_at, attempts, delivery_no, last_error, rev)
+VALUES ($1, $2, $3, $4, $5, $6, 50, 'failed', $7, '', '', now(), now(), 0, 0, $8, 1)
+ON CONFLICT DO NOTHING
+
 -- name: claim_items
 -- Second statement of the claim: the workspaces are locked by then. Repeats status in the outer UPDATE.
 WITH wanted AS (SELECT * FROM unnest($1::text[], $2::int[]) AS w(workspace_id, spare)),

@@ -1,0 +1,128 @@
+"""What has gone wrong in queues elsewhere, on real servers: each test names its scenario."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+from uuid import UUID
+
+import aio_pika
+import pytest
+from uuid_utils.compat import uuid7
+
+from shared import topology
+from shared.batches import encode, encode_batch
+from shared.database import open_pool
+from shared.facts import MessageBusy
+from tests.conftest import Stack, until
+from tests.integration.queue_kit import Door, digest, door, queue_service
+
+TABLES = "a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas, inbox, outbox, dead_letters"
+
+
+@pytest.fixture
+async def front(stack: Stack) -> AsyncIterator[Door]:
+    """An empty queue service and a door to it; what is set aside is the test's own affair."""
+    async with open_pool(stack.settings()) as pool:
+        await pool.execute(f"TRUNCATE {TABLES}")
+    async with door(stack) as opened, queue_service(stack, sweep_s=0.5, follow_min_s=0.1, follow_max_s=0.2):
+        yield opened
+
+
+def fresh() -> str:
+    return f"w-{uuid7().hex[-8:]}"
+
+
+# ── what cannot be kept ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def letters(front: Door) -> list[str]:
+    return sorted(row["reason"] for row in await front.side.pool.fetch("SELECT reason FROM dead_letters"))
+
+
+async def ends_unreadable(front: Door, facts: Sequence[MessageBusy], reason: str) -> None:
+    """Each has ended where its caller sees it, and its end was told."""
+    for fact, item in zip(facts, await front.ended(*(fact.queue_id for fact in facts)), strict=True):
+        assert (item["status"], item["reason"], item["workspace_id"]) == ("failed", "unreadable", fact.workspace_id)
+        assert reason in item["last_error"]
+        asked = await front.ask("item", queue_id=fact.queue_id, caller_hash=digest("caller"))
+        assert asked[0] == 200, "it is its caller's"
+        await until(lambda fact=fact: _told(front, fact.queue_id, "failed"))  # type: ignore[misc]
+        assert len(front.changes[fact.queue_id]) == 1
+    assert await letters(front) == [reason] * len(facts)
+
+
+async def _told(front: Door, queue_id: UUID, status: str) -> bool:
+    return any(change.status.value == status for change in front.changes.get(queue_id, []))
+
+
+async def test_a_message_that_cannot_be_read_ends_where_its_caller_sees_it(front: Door) -> None:
+    """B-14: one is of another contract, one holds a lone surrogate; each was promised, and the good one is kept."""
+    name = fresh()
+    good, other, surrogate = (front.busy(name, text) for text in ("good", "other", "surrogate"))
+    kept = front.kept[good.queue_id] = asyncio.get_running_loop().create_future()
+    front.publisher.post_encoded(MessageBusy, encode(other).replace(b'"TASK"', b'"URGENT"'))
+    front.publisher.post(good)
+    front.publisher.post_encoded(MessageBusy, encode(surrogate).replace(b'"at_capacity"', b'"\\ud800"'))
+    assert (await kept).position == 1
+    await ends_unreadable(front, [other, surrogate], "invalid")
+    assert (await front.item(good.queue_id))["status"] == "queued"
+
+
+async def test_a_message_that_cannot_be_stored_ends_where_its_caller_sees_it(front: Door) -> None:
+    """B-14: NUL in a text, which no column takes (class 22); its repeat under the same id is the same end."""
+    name = fresh()
+    bad = front.busy(name, "bad", reason="a\0b")
+    await front.publisher.publish(bad)
+    await ends_unreadable(front, [bad], "unstorable")
+    again = bad.model_copy(update={"fact_id": uuid7(), "reason": "backlog"})
+    assert (await front.keep(again)).duplicate_of == bad.queue_id
+
+
+async def test_a_message_that_meets_a_bug_ends_where_its_caller_sees_it(front: Door) -> None:
+    """B-14: a table is not there, as after a deploy without its migration; messages that do not need it are kept."""
+    name = fresh()
+    await front.side.pool.execute("ALTER TABLE idempotency_keys RENAME TO away")
+    try:
+        bad, good = front.busy(name, "bad", explicit_key=True), front.busy(name, "good")
+        front.publisher.post(bad)
+        assert (await front.keep(good)).position == 1
+        await ends_unreadable(front, [bad], "handler_error")
+    finally:
+        await front.side.pool.execute("ALTER TABLE away RENAME TO idempotency_keys")
+
+
+async def test_a_message_that_the_broker_gave_up_on_ends_where_its_caller_sees_it(front: Door, stack: Stack) -> None:
+    """B-14, B-29: the batch comes by the queue of dead letters; the one of it that had been kept goes on waiting."""
+    name = fresh()
+    facts = [front.busy(name, str(number)) for number in range(3)]
+    await front.keep(facts[0])
+    connection = await aio_pika.connect(stack.amqp_url)
+    async with connection:
+        channel = await connection.channel()
+        death: Any = {"queue": "queue.message.busy", "reason": "delivery_limit", "count": 1}
+        message = aio_pika.Message(encode_batch(map(encode, facts)), headers={"x-death": [death]})
+        await channel.default_exchange.publish(message, topology.DEAD_QUEUE)
+    await front.ended(facts[1].queue_id, facts[2].queue_id)
+    assert await letters(front) == ["undeliverable"]
+    assert [(await front.item(fact.queue_id))["status"] for fact in facts] == ["queued", "failed", "failed"]
+
+
+async def test_what_has_no_readable_id_is_a_dead_letter_only(front: Door) -> None:
+    """B-14: and a repeat of what waits already changes nothing of it, however broken the repeat."""
+    name = fresh()
+    fact = front.busy(name, "x")
+    await front.keep(fact)
+    raw = encode(fact).replace(b'"TASK"', b'"URGENT"')
+    front.publisher.post_encoded(MessageBusy, raw)
+    front.publisher.post_encoded(MessageBusy, raw.replace(str(fact.queue_id).encode(), b"?"))
+    front.publisher.post_encoded(MessageBusy, json.dumps({"workspace_id": name}).encode())
+
+    async def set_aside() -> bool:
+        return await letters(front) == ["invalid"] * 3
+
+    await until(set_aside)
+    assert (await front.item(fact.queue_id))["status"] == "queued"
+    assert not await front.side.pool.fetchval("SELECT count(*) FROM a2a_finished")
