@@ -46,11 +46,29 @@ FROM workspaces WHERE waiting > 0 OR running > 0 ORDER BY workspace_id
 SELECT queue_id, workspace_id, delivery_no, key_hash, dispatched_at
 FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = ANY($1::text[])
 
+-- name: counted_workspaces
+-- A page of the workspaces that have items or are said to have: whoever has them by a loose scan, one step in the index
+-- per workspace however many its items, because a counter that is wrongly 0 is found by its rows alone.
+WITH RECURSIVE held(workspace_id) AS (
+  (SELECT q.workspace_id FROM a2a_queue q WHERE q.workspace_id > $1 ORDER BY q.workspace_id LIMIT 1)
+  UNION ALL
+  SELECT (SELECT q.workspace_id FROM a2a_queue q WHERE q.workspace_id > held.workspace_id
+          ORDER BY q.workspace_id LIMIT 1)
+  FROM held WHERE held.workspace_id IS NOT NULL)
+SELECT workspace_id FROM (SELECT workspace_id FROM held WHERE workspace_id IS NOT NULL LIMIT $2) found
+UNION
+SELECT workspace_id FROM (
+  SELECT workspace_id FROM workspaces WHERE (waiting > 0 OR running > 0) AND workspace_id > $1
+  ORDER BY workspace_id LIMIT $2) said
+ORDER BY workspace_id LIMIT $2
+
 -- name: count_items
--- The truth that the counters are held against (B-06).
-SELECT workspace_id, count(*) FILTER (WHERE status = 'queued')::int AS waiting,
-       count(*) FILTER (WHERE status = 'dispatched')::int AS running
-FROM a2a_queue WHERE workspace_id = ANY($1::text[]) GROUP BY workspace_id
+-- The truth that the counters are held against (B-06). Waiting ones are counted up to $2; null: all of them.
+SELECT w.workspace_id,
+  (SELECT count(*) FROM (
+    SELECT FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' LIMIT $2) counted)::int AS waiting,
+  (SELECT count(*) FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'dispatched')::int AS running
+FROM unnest($1::text[]) AS w(workspace_id)
 
 -- name: insert_keys
 INSERT INTO idempotency_keys (workspace_id, caller_hash, key_hash, queue_id, body_hash, expires_at)

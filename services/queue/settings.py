@@ -17,6 +17,8 @@ class Settings(SharedSettings):
     """Deliveries that the agent did not survive, after which a message is poison."""
     sweep_s: float = Field(default=5.0, gt=0)
     """How often workspaces that wait are looked at without a reason, and expired items end."""
+    reconcile_s: float = Field(default=30.0, gt=0)
+    """How often the counters of workspaces are held against their rows."""
     snapshot_s: float = Field(default=5.0, gt=0)
     owner_beat_s: float = Field(default=5.0, gt=0)
     owner_silent_s: float = Field(default=20.0, gt=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -12,12 +13,18 @@ import aio_pika
 import pytest
 from uuid_utils.compat import uuid7
 
+from services.queue import store
+from services.queue.answers import Answers
+from services.queue.drain import Drain
+from services.queue.loops import Loops
+from services.queue.store import SQL
 from shared import topology
 from shared.batches import encode, encode_batch
-from shared.database import open_pool
-from shared.facts import MessageBusy
+from shared.database import Connection, Pool, open_pool
+from shared.facts import MessageBusy, QueueQuery
 from tests.conftest import Stack, until
-from tests.integration.queue_kit import Door, digest, door, queue_service
+from tests.integration.queue_kit import Door, agent, digest, door, queue_service, queue_settings
+from tests.integration.rows_kit import enqueue, message
 
 TABLES = "a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas, inbox, outbox, dead_letters"
 
@@ -27,8 +34,19 @@ async def front(stack: Stack) -> AsyncIterator[Door]:
     """An empty queue service and a door to it; what is set aside is the test's own affair."""
     async with open_pool(stack.settings()) as pool:
         await pool.execute(f"TRUNCATE {TABLES}")
-    async with door(stack) as opened, queue_service(stack, sweep_s=0.5, follow_min_s=0.1, follow_max_s=0.2):
+    async with (
+        door(stack) as opened,
+        queue_service(stack, sweep_s=0.3, reconcile_s=0.3, owner_beat_s=0.1, owner_silent_s=0.5),
+    ):
         yield opened
+
+
+@pytest.fixture
+async def rows(stack: Stack) -> AsyncIterator[Pool]:
+    """The queue's tables, empty, and no service that works on them."""
+    async with open_pool(stack.settings()) as pool:
+        await pool.execute(f"TRUNCATE {TABLES}")
+        yield pool
 
 
 def fresh() -> str:
@@ -126,3 +144,77 @@ async def test_what_has_no_readable_id_is_a_dead_letter_only(front: Door) -> Non
     await until(set_aside)
     assert (await front.item(fact.queue_id))["status"] == "queued"
     assert not await front.side.pool.fetchval("SELECT count(*) FROM a2a_finished")
+
+
+# ── counters ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_counter_that_is_wrongly_zero_hides_no_item(front: Door) -> None:
+    """B-06: no sweep looks at a workspace where nobody waits; its rows are found by themselves."""
+    name = fresh()
+    async with agent(name) as worker:
+        await front.register(name, worker.url, paused=True)
+        facts = [front.busy(name, str(number)) for number in range(3)]
+        for fact in facts:
+            await front.keep(fact)
+        forget = "UPDATE workspaces SET waiting = 0, paused = false WHERE workspace_id = $1"
+        await front.side.pool.execute(forget, name)
+        await front.ended(*(fact.queue_id for fact in facts))
+        assert [each.text for each in worker.received] == ["0", "1", "2"]
+
+
+async def fill(pool: Pool, name: str, count: int, *, said: int | None = None) -> None:
+    """`count` items that wait in `name`, with a counter that says `said`."""
+    await pool.execute(
+        """INSERT INTO a2a_queue (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, lane,
+                                  rank_ms, method, body, reason, give_up_at)
+           SELECT gen_random_uuid(), $1, 'c', sha256('c'), sha256(n::text::bytea), sha256(''), 50, 1, n, 'message/send',
+                  '{}', 'backlog', now() + interval '1 day' FROM generate_series(1, $2::int) n""",
+        name,
+        count,
+    )
+    await pool.execute(
+        """INSERT INTO workspaces (workspace_id, url, waiting) VALUES ($1, 'http://127.0.0.1:20001', $2)
+           ON CONFLICT (workspace_id) DO UPDATE SET waiting = excluded.waiting""",
+        name,
+        count if said is None else said,
+    )
+
+
+def loops(stack: Stack, pool: Pool, **changes: Any) -> Loops:
+    """The loops of a replica whose drain does not turn and which tells nobody."""
+    settings = queue_settings(stack, **changes)
+    silent: Any = None
+    return Loops(settings, pool, silent, Drain(settings, pool, silent, silent))
+
+
+async def test_counters_are_held_against_rows_without_counting_the_backlog(rows: Pool, stack: Stack) -> None:
+    """B-06: page by page over what has rows or is said to have; up to 1,001 rows of each are counted."""
+    for number in range(510):
+        await fill(rows, f"a{number:03}", 1)
+    await fill(rows, "b-deep", 20_000)
+    await fill(rows, "c-wrong-above", 3_000, said=2_000)
+    await fill(rows, "d-wrong-below", 3_000, said=900)
+    await fill(rows, "e-wrongly-zero", 2, said=0)
+    await fill(rows, "f-wrongly-some", 0, said=7)
+    await rows.execute("VACUUM ANALYZE a2a_queue")
+    looking = loops(stack, rows)
+    assert await looking.reconcile() == 0, "a whole page: there is more"
+    assert await looking.reconcile() == looking.settings.reconcile_s
+    counters = await rows.fetch("SELECT workspace_id, waiting FROM workspaces WHERE workspace_id > 'b' ORDER BY 1")
+    assert {row["workspace_id"][0]: row["waiting"] for row in counters} == {
+        "b": 20_000, "c": 2_000, "d": 3_000, "e": 2, "f": 0,
+    }  # fmt: skip
+    page = await buffers(rows, SQL["counted_workspaces"], "a509", 500)
+    counted = await buffers(rows, SQL["count_items"], ["b-deep"], 1001)
+    whole = await buffers(rows, SQL["count_items"], ["b-deep"], None)
+    print(f"buffers: a page of 5 workspaces with 26,000 items {page}, counting 1,001 of 20,000 {counted}, all {whole}")
+    assert page < 100
+    assert counted * 5 < whole
+
+
+async def buffers(connection: Connection | Pool, query: str, *arguments: Any) -> int:
+    """Blocks that `query` touches."""
+    plan = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", *arguments)
+    top = json.loads(plan)[0]["Plan"]
+    return int(top["Shared Hit Blocks"] + top["Shared Read Blocks"])
