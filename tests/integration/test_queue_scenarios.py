@@ -218,3 +218,39 @@ async def buffers(connection: Connection | Pool, query: str, *arguments: Any) ->
     plan = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", *arguments)
     top = json.loads(plan)[0]["Plan"]
     return int(top["Shared Hit Blocks"] + top["Shared Read Blocks"])
+
+
+# ── locks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def waits_for_lock(pool: Pool, pid: int) -> bool:
+    return bool(await pool.fetchval("SELECT cardinality(pg_blocking_pids($1)) > 0", pid))
+
+
+async def test_cancels_of_one_batch_lock_their_workspaces_in_key_order(rows: Pool) -> None:
+    """B-21: the order of the items is the other one; a turn that comes in key order must not meet them."""
+    first, second = message("z"), message("a")
+    await enqueue(rows, first, second)
+    assert first.queue_id < second.queue_id
+    expires = datetime.now(UTC) + timedelta(minutes=1)
+    queries = [
+        QueueQuery(workspace_id=fact.workspace_id, rev=1, query_id=uuid7(), verb="cancel", queue_id=fact.queue_id,
+                   expires_at=expires, reply_to="nobody")
+        for fact in (first, second)
+    ]  # fmt: skip
+    silent: Any = None
+    answers = Answers(silent, silent)
+    async with rows.acquire() as turn, rows.acquire() as canceling:
+        pid = await canceling.fetchval("SELECT pg_backend_pid()")
+
+        async def cancel() -> None:
+            async with canceling.transaction():
+                await answers.query(canceling, queries)
+
+        async with turn.transaction():
+            await store.lock(turn, ["a"])
+            task = asyncio.create_task(cancel())
+            await until(lambda: waits_for_lock(rows, pid))
+            await turn.execute("SELECT FROM workspaces WHERE workspace_id = 'z' FOR NO KEY UPDATE NOWAIT")
+        await task
+    assert await rows.fetchval("SELECT count(*) FROM a2a_finished WHERE status = 'canceled'") == 2
