@@ -19,7 +19,7 @@ from services.queue.settings import Settings
 from services.queue.store import SQL
 from shared import outbox
 from shared.broker import Publisher
-from shared.database import Connection, Pool, transact
+from shared.database import Connection, Pool, Trouble, classify, transact
 from shared.facts import BacklogSnapshot, ItemChanged, ItemStatus, NamedBacklog
 from shared.loops import Loop
 from shared.telemetry import log
@@ -40,6 +40,8 @@ class Loops:
     drain: Drain
     _page_after: str = ""
     _counted_after: str = ""
+    _lost_after: UUID | None = None
+    _ended_after: tuple[datetime | None, UUID | None] = (None, None)
     _snapshots: int = 0
     _orphans: set[tuple[str, int]] = field(default_factory=set)
 
@@ -98,11 +100,31 @@ class Loops:
 
     async def end_due(self, now: datetime | None = None) -> float:
         """End what waited past its time: expired, or given up on."""
-        rows = await self.pool.fetch(SQL["ending_items"], now)
-        if rows:
-            ended = [(row["queue_id"], row["workspace_id"]) for row in rows]
-            await transact(self.pool, lambda connection: end_waiting(connection, ended, "expired", "expired"))
-        return 0.0 if len(rows) == _PAGE else self.settings.sweep_s
+        rows = await self.pool.fetch(SQL["ending_items"], now, *self._ended_after, _PAGE)
+        due = [(row["queue_id"], row["workspace_id"]) for row in rows]
+        try:
+            await self._expire(due)
+        except Exception as error:
+            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                raise
+            await self._expire_singly(due)
+        full = len(rows) == _PAGE
+        self._ended_after = (rows[-1]["due_at"], rows[-1]["queue_id"]) if full else (None, None)
+        return 0.0 if full else self.settings.sweep_s
+
+    async def _expire(self, due: Sequence[tuple[UUID, str]]) -> None:
+        if due:
+            await transact(self.pool, lambda connection: end_waiting(connection, due, "expired", "expired"))
+
+    async def _expire_singly(self, due: Sequence[tuple[UUID, str]]) -> None:
+        """One of them cannot be written: it must not keep the others (B-08)."""
+        for item in due:
+            try:
+                await self._expire([item])
+            except Exception as error:
+                if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                    raise
+                log.exception("expiry_failed", queue_id=str(item[0]))
 
     async def beat(self, now: datetime | None = None) -> float:
         """Say that this replica lives; take the deliveries of those that do not.
@@ -113,13 +135,16 @@ class Loops:
         may_judge = await self.pool.fetchval(SQL["beat_replica"], self.settings.replica_id, silent_s)
         if may_judge or now is not None:
             async with self.pool.acquire() as connection:
-                lost = await store.find_lost(connection, self.settings.replica_id, silent_s, now)
+                lost = await store.find_lost(
+                    connection, self.settings.replica_id, silent_s, now, after=self._lost_after, most=_PAGE
+                )
             for item in lost:
                 OWNERS_LOST.inc()
                 log.warning("owner_lost", queue_id=str(item.queue_id), delivery_no=item.delivery_no)
                 self.drain.settle(Ending(item, "owner_died", error="the replica that delivered it died"))
+            self._lost_after = lost[-1].queue_id if len(lost) == _PAGE else None
             await self.pool.execute(SQL["forget_replicas"], silent_s * 10)
-        return self.settings.owner_beat_s
+        return 0.0 if self._lost_after else self.settings.owner_beat_s
 
     async def leave(self) -> None:
         """Say that this replica has stopped in order: nobody has to wait for its silence."""

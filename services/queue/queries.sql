@@ -206,13 +206,15 @@ ON CONFLICT (replica_id) DO UPDATE SET beat_at = clock_timestamp(),
 RETURNING clock_timestamp() - unbroken_since >= make_interval(secs => $2) AS may_judge
 
 -- name: lost_items
--- Rows whose owner is silent, or has no row at all. Only for a replica that may judge.
+-- Rows whose owner is silent, or has no row at all. Only for a replica that may judge. Keyset, so that a page of rows
+-- that cannot be written hides nobody (B-08).
 SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
        q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
 FROM a2a_queue q LEFT JOIN replicas r ON r.replica_id = q.owner
 WHERE q.status = 'dispatched' AND q.owner <> $1
   AND (r.replica_id IS NULL OR r.beat_at < coalesce($3, clock_timestamp()) - make_interval(secs => $2))
-ORDER BY q.queue_id LIMIT 500
+  AND ($4::uuid IS NULL OR q.queue_id > $4)
+ORDER BY q.queue_id LIMIT $5
 
 -- name: forget_replicas
 DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs => $1)
@@ -222,10 +224,12 @@ DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs 
 DELETE FROM replicas WHERE replica_id = $1
 
 -- name: ending_items
--- Not while its workspace is paused: both clocks stop then.
-SELECT q.queue_id, q.workspace_id FROM a2a_queue q JOIN workspaces w USING (workspace_id)
+-- Not while its workspace is paused: both clocks stop then. Keyset, as above.
+SELECT q.queue_id, q.workspace_id, least(q.expires_at, q.give_up_at) AS due_at
+FROM a2a_queue q JOIN workspaces w USING (workspace_id)
 WHERE q.status = 'queued' AND least(q.expires_at, q.give_up_at) <= coalesce($1, clock_timestamp()) AND NOT w.paused
-ORDER BY least(q.expires_at, q.give_up_at) LIMIT 500
+  AND ($2::timestamptz IS NULL OR (least(q.expires_at, q.give_up_at), q.queue_id) > ($2, $3::uuid))
+ORDER BY least(q.expires_at, q.give_up_at), q.queue_id LIMIT $4
 
 -- name: end_items
 -- Items that wait and end without a delivery: canceled, expired, given up.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import aio_pika
+import asyncpg
 import pytest
 from uuid_utils.compat import uuid7
 
@@ -20,6 +22,7 @@ from services.queue.loops import Loops
 from services.queue.store import SQL
 from shared import topology
 from shared.batches import encode, encode_batch
+from shared.broker import open_publisher
 from shared.database import Connection, Pool, open_pool
 from shared.facts import MessageBusy, QueueQuery
 from tests.conftest import Stack, until
@@ -254,3 +257,177 @@ async def test_cancels_of_one_batch_lock_their_workspaces_in_key_order(rows: Poo
             await turn.execute("SELECT FROM workspaces WHERE workspace_id = 'z' FOR NO KEY UPDATE NOWAIT")
         await task
     assert await rows.fetchval("SELECT count(*) FROM a2a_finished WHERE status = 'canceled'") == 2
+
+
+# ── owners ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LATER = timedelta(minutes=10)
+
+
+@asynccontextmanager
+async def rescuer(stack: Stack, pool: Pool) -> AsyncIterator[tuple[Loops, Drain]]:
+    """A replica whose loops turn when the test says."""
+    settings = queue_settings(stack)
+    silent: Any = None
+    async with open_publisher(settings) as publisher:
+        drain = Drain(settings, pool, publisher, silent)
+        yield Loops(settings, pool, publisher, drain), drain
+
+
+async def rescue(looking: Loops, drain: Drain) -> None:
+    """One look at the owners, page by page, and the turns that follow from it."""
+    now = datetime.now(UTC) + LATER
+    while await looking.beat(now) == 0:
+        pass
+    while await drain.run_once() == 0:
+        pass
+
+
+async def lose(pool: Pool, name: str, count: int) -> None:
+    """Items of a paused workspace, claimed by a replica that has not beaten for long."""
+    await fill(pool, name, count)
+    await pool.execute(
+        "UPDATE a2a_queue SET status = 'dispatched', owner = 'gone', delivery_no = 1, dispatched_at = now() "
+        "WHERE workspace_id = $1",
+        name,
+    )
+    await pool.execute(
+        "UPDATE workspaces SET waiting = 0, running = $2, paused = true WHERE workspace_id = $1", name, count
+    )
+
+
+async def waiting(pool: Pool, name: str) -> int:
+    query = "SELECT count(*) FROM a2a_queue WHERE workspace_id = $1 AND status = 'queued' AND attempts = 1"
+    return int(await pool.fetchval(query, name))
+
+
+@pytest.mark.parametrize("row", ["silent", "deleted"])
+async def test_deliveries_are_taken_over_also_when_their_owner_is_not_even_known(
+    rows: Pool, stack: Stack, row: str
+) -> None:
+    """B-07: a rescuer that looked for the row of the dead would be blind once it is deleted; it is not, and waits."""
+    await lose(rows, "w", 3)
+    if row == "silent":
+        await rows.execute("INSERT INTO replicas (replica_id, beat_at) VALUES ('gone', now() - interval '1 day')")
+    async with rescuer(stack, rows) as (looking, drain):
+        await rescue(looking, drain)
+        assert await waiting(rows, "w") == 3
+        await looking.beat(datetime.now(UTC))
+        assert await rows.fetch("SELECT FROM replicas WHERE replica_id = 'gone'") == [], "and then it is forgotten"
+
+
+async def test_a_rescuer_that_hangs_in_its_transaction_keeps_nobody_from_rescuing(rows: Pool, stack: Stack) -> None:
+    """B-07: it holds the lock and says nothing more; the server ends its session (30 s for the role, less here)."""
+    await lose(rows, "w", 3)
+    hanging = await asyncpg.connect(stack.settings().database_url.get_secret_value())
+    await hanging.execute("SET idle_in_transaction_session_timeout = '300ms'")
+    await hanging.execute("BEGIN")
+    await store.lock(hanging, ["w"])
+    async with rescuer(stack, rows) as (looking, drain):
+        await rescue(looking, drain)
+    assert await waiting(rows, "w") == 3
+    hanging.terminate()
+
+
+async def test_a_rescue_that_breaks_once_comes_again(rows: Pool, stack: Stack) -> None:
+    """B-07: its session is killed while it waits for the lock; what it had found is written by its next turn."""
+    await lose(rows, "w", 3)
+    async with rescuer(stack, rows) as (looking, drain), rows.acquire() as blocking:
+        async with blocking.transaction():
+            await store.lock(blocking, ["w"])
+            task = asyncio.create_task(rescue(looking, drain))
+            pid = await blocking.fetchval("SELECT pg_backend_pid()")
+            kill = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE $1 = ANY(pg_blocking_pids(pid))"
+            await until(lambda: _truth(rows, kill, pid))
+            with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+                await task
+        assert await waiting(rows, "w") == 0
+        await drain.run_once()
+        assert await waiting(rows, "w") == 3
+
+
+async def _truth(pool: Pool, query: str, *arguments: Any) -> bool:
+    return bool(await pool.fetchval(query, *arguments))
+
+
+@asynccontextmanager
+async def unwritable(pool: Pool, name: str) -> AsyncIterator[None]:
+    """Let Postgres refuse every change of the items of `name`, as it would a value that it cannot store."""
+    await pool.execute(
+        f"""CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'refused' USING ERRCODE = '22000'; END $$;
+            CREATE TRIGGER refuse BEFORE UPDATE OR DELETE ON a2a_queue FOR EACH ROW
+            WHEN (OLD.workspace_id = '{name}') EXECUTE FUNCTION refuse()"""
+    )
+    try:
+        yield
+    finally:
+        await pool.execute("DROP TRIGGER refuse ON a2a_queue; DROP FUNCTION refuse()")
+
+
+async def test_a_page_of_rows_that_cannot_be_released_hides_no_later_one(rows: Pool, stack: Stack) -> None:
+    """B-08: 500 lost rows that Postgres refuses to write, and behind them 100 that it does not."""
+    await lose(rows, "stuck", 500)
+    await rows.execute("UPDATE a2a_queue SET queue_id = ('0' || substr(queue_id::text, 2))::uuid")
+    await lose(rows, "later", 100)
+    await rows.execute(
+        "UPDATE a2a_queue SET queue_id = ('f' || substr(queue_id::text, 2))::uuid WHERE workspace_id = 'later'"
+    )
+    async with rescuer(stack, rows) as (looking, drain), unwritable(rows, "stuck"):
+        await rescue(looking, drain)
+        assert await waiting(rows, "later") == 100
+        assert await waiting(rows, "stuck") == 0
+    async with rescuer(stack, rows) as (looking, drain):
+        await rescue(looking, drain)
+        assert await waiting(rows, "stuck") == 500, "they are found again as soon as they can be written"
+
+
+async def test_a_workspace_whose_items_cannot_be_claimed_keeps_no_other_waiting(front: Door) -> None:
+    """B-08: it is in every turn until it is left to the next sweep; the others are delivered meanwhile."""
+    name = fresh()
+    async with agent(name) as worker, unwritable(front.side.pool, "a-stuck"):
+        await front.register(name, worker.url)
+        await fill(front.side.pool, "a-stuck", 1)
+        await until(lambda: _truth(front.side.pool, "SELECT waiting FROM workspaces WHERE workspace_id = 'a-stuck'"))
+        for number in range(20):
+            fact = front.busy(name, str(number))
+            await front.keep(fact)
+            await front.ended(fact.queue_id, within_s=10)
+        assert not worker.refused
+
+
+# ── clocks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_no_item_is_without_a_deadline_and_each_ends_visibly_at_it(rows: Pool, stack: Stack) -> None:
+    """A-D-11: whatever its caller asked for, also in a workspace that was removed or never had an agent."""
+    facts = [message("alone"), message("removed"), message("removed")]
+    await enqueue(rows, *facts)
+    await rows.execute("UPDATE workspaces SET removed = true WHERE workspace_id = 'removed'")
+    assert await rows.fetchval(
+        "SELECT attnotnull FROM pg_attribute WHERE attrelid = 'a2a_queue'::regclass AND attname = 'give_up_at'"
+    )
+    async with rescuer(stack, rows) as (looking, _):
+        now = datetime.now(UTC)
+        await looking.end_due(now + timedelta(hours=23, minutes=59))
+        assert await rows.fetchval("SELECT count(*) FROM a2a_queue") == 3
+        await looking.end_due(now + timedelta(hours=24, minutes=1))
+    ended = await rows.fetch("SELECT status, reason FROM a2a_finished")
+    assert [tuple(row) for row in ended] == [("expired", "expired")] * 3
+    assert await rows.fetchval("SELECT count(*) FROM outbox WHERE fact_type = 'ItemChanged'") == 3
+
+
+async def test_a_page_of_items_that_do_not_end_hides_no_later_one(rows: Pool, stack: Stack) -> None:
+    """B-08: 600 of a paused workspace, whose clock stands, 500 that Postgres refuses to write, and then one."""
+    await fill(rows, "paused", 600)
+    await rows.execute("UPDATE workspaces SET paused = true")
+    await fill(rows, "stuck", 500)
+    await rows.execute("UPDATE a2a_queue SET give_up_at = now() - interval '2 days'")
+    await fill(rows, "later", 1)
+    async with rescuer(stack, rows) as (looking, _), unwritable(rows, "stuck"):
+        now = datetime.now(UTC) + timedelta(days=2)
+        while await looking.end_due(now) == 0:
+            pass
+    left = await rows.fetch("SELECT workspace_id, count(*) FROM a2a_queue GROUP BY 1 ORDER BY 1")
+    assert [tuple(row) for row in left] == [("paused", 600), ("stuck", 500)]
+    assert await rows.fetchval("SELECT waiting FROM workspaces WHERE workspace_id = 'later'") == 0
