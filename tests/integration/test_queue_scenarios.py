@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -13,9 +15,11 @@ from uuid import UUID
 import aio_pika
 import asyncpg
 import pytest
+from pydantic import ValidationError
 from uuid_utils.compat import uuid7
 
 from services.queue import store
+from services.queue.__main__ import main
 from services.queue.answers import Answers
 from services.queue.drain import Drain
 from services.queue.loops import Loops
@@ -27,7 +31,7 @@ from shared.database import Connection, Pool, open_pool
 from shared.facts import MessageBusy, QueueQuery
 from tests.conftest import Stack, until
 from tests.integration.queue_kit import Door, agent, digest, door, queue_service, queue_settings
-from tests.integration.rows_kit import enqueue, message
+from tests.integration.rows_kit import claim, enqueue, message, settle
 
 TABLES = "a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas, inbox, outbox, dead_letters"
 
@@ -166,7 +170,7 @@ async def test_a_counter_that_is_wrongly_zero_hides_no_item(front: Door) -> None
         assert [each.text for each in worker.received] == ["0", "1", "2"]
 
 
-async def fill(pool: Pool, name: str, count: int, *, said: int | None = None) -> None:
+async def fill(pool: Connection | Pool, name: str, count: int, *, said: int | None = None) -> None:
     """`count` items that wait in `name`, with a counter that says `said`."""
     await pool.execute(
         """INSERT INTO a2a_queue (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, lane,
@@ -350,6 +354,127 @@ async def _truth(pool: Pool, query: str, *arguments: Any) -> bool:
     return bool(await pool.fetchval(query, *arguments))
 
 
+async def beats(pool: Pool, within_s: float) -> list[str]:
+    """The replicas that have beaten within that time."""
+    query = "SELECT replica_id FROM replicas WHERE beat_at > clock_timestamp() - make_interval(secs => $1) ORDER BY 1"
+    return [row["replica_id"] for row in await pool.fetch(query, within_s)]
+
+
+@contextmanager
+def replica_of_its_own_loop(stack: Stack, **changes: Any) -> Iterator[asyncio.AbstractEventLoop]:
+    """A queue service in a thread; blocking the loop that it yields blocks nobody else."""
+    loop = asyncio.new_event_loop()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def serve() -> None:
+        tasks.append(asyncio.current_task())  # type: ignore[arg-type]
+        with suppress(asyncio.CancelledError):
+            await main(queue_settings(stack, **changes))
+
+    def run() -> None:
+        loop.run_until_complete(serve())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(tasks[0].cancel)
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+async def test_a_replica_whose_loop_was_blocked_does_no_harm_when_it_comes_back(rows: Pool, stack: Stack) -> None:
+    """B-09: its beats stop, another one takes its delivery; its own late finish has no effect."""
+    timing = {"owner_beat_s": 0.1, "owner_silent_s": 0.6, "sweep_s": 0.3, "drain_s": 1.0}
+    name, free = fresh(), threading.Event()
+    async with door(stack) as front, agent(name, work_s=0.8) as worker:
+        with replica_of_its_own_loop(stack, **timing) as loop:
+            try:
+                await until(lambda: _truth(rows, "SELECT count(*) FROM replicas"))
+                (blocked,) = await beats(rows, 10)
+                await front.register(name, worker.url)
+                fact = front.busy(name, "x")
+                await front.keep(fact)
+                owner = "SELECT count(*) FROM a2a_queue WHERE queue_id = $1 AND owner = $2"
+                await until(lambda: _truth(rows, owner, fact.queue_id, blocked))
+                loop.call_soon_threadsafe(free.wait)
+                async with queue_service(stack, **timing):
+                    # Not by a question: the blocked one may have taken it, and would answer late.
+                    ended = "SELECT status, attempts, delivery_no > 1 FROM a2a_finished WHERE queue_id = $1"
+                    await until(lambda: _truth(rows, ended, fact.queue_id))
+                    assert tuple(await rows.fetchrow(ended, fact.queue_id) or ()) == ("completed", 1, True)
+                    assert blocked not in await beats(rows, 0.6)
+                    free.set()
+
+                    async def beats_again() -> bool:
+                        return blocked in await beats(rows, 0.3)
+
+                    await until(beats_again)
+                    await until(lambda: _told(front, fact.queue_id, "completed"))
+                    after = front.busy(name, "y")
+                    await front.keep(after)
+                    await front.ended(after.queue_id)
+            finally:
+                free.set()
+        assert [change.status.value for change in front.changes[fact.queue_id]].count("completed") == 1
+    counters = await rows.fetchrow("SELECT waiting, running FROM workspaces WHERE workspace_id = $1", name)
+    assert tuple(counters or ()) == (0, 0)
+
+
+def test_an_owner_beats_several_times_before_it_counts_as_silent(stack: Stack) -> None:
+    """B-09: four times by default; less than three is refused, with what to write instead."""
+    settings = queue_settings(stack)
+    assert settings.owner_silent_s >= 4 * settings.owner_beat_s
+    queue_settings(stack, owner_beat_s=1.0, owner_silent_s=3.0)
+    with pytest.raises(ValidationError, match="at least 3 times BIDE_QUEUE_OWNER_BEAT_S"):
+        queue_settings(stack, owner_beat_s=1.0, owner_silent_s=2.9)
+
+
+@pytest.mark.parametrize("ahead_s", [-90.0, 90.0])
+async def test_a_replica_whose_clock_is_wrong_judges_and_delivers_like_the_others(
+    rows: Pool, stack: Stack, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    """B-23: owners are judged by the database's clock alone, and a turn is as long as it is."""
+    true = time.time
+    monkeypatch.setattr(time, "time", lambda: true() + ahead_s)
+    await lose(rows, "w", 2)
+    await rows.execute(
+        """INSERT INTO replicas (replica_id, beat_at) VALUES ('gone', now() - interval '21 s'), ('here', now());
+           UPDATE a2a_queue SET owner = 'here' WHERE rank_ms = 1"""
+    )
+    async with rescuer(stack, rows) as (looking, drain):
+        await looking.beat(datetime.now(UTC))
+        await drain.run_once()
+        left = await rows.fetch("SELECT rank_ms FROM a2a_queue WHERE status = 'dispatched'")
+        assert [row["rank_ms"] for row in left] == [1]
+    name = fresh()
+    async with (
+        door(stack) as front,
+        queue_service(stack, forward_max_s=30.0, follow_min_s=0.1),
+        agent(name, behaviour={"asynchronous": True, "work_s": 0.5}) as worker,
+    ):
+        await front.register(name, worker.url)
+        await rows.execute("UPDATE workspaces SET ceiling_s = 0 WHERE workspace_id = $1", name)
+        fact = front.busy(name, "x")
+        await front.keep(fact)
+        await until(lambda: _truth(rows, "SELECT count(*) FROM a2a_finished WHERE queue_id = $1", fact.queue_id))
+        ended = await rows.fetchrow("SELECT status, reason FROM a2a_finished WHERE queue_id = $1", fact.queue_id)
+        assert tuple(ended or ()) == ("completed", None)
+
+
+async def test_no_id_is_a_number_that_runs_out(rows: Pool) -> None:
+    """B-23: int4 overflowed elsewhere after years."""
+    narrow = await rows.fetch(
+        """SELECT table_name, column_name FROM information_schema.columns
+           WHERE table_schema = current_schema() AND data_type IN ('integer', 'smallint')
+             AND (column_name ~ '(^|_)(id|rev|ms)$')"""
+    )
+    assert narrow == []
+
+
 @asynccontextmanager
 async def unwritable(pool: Pool, name: str) -> AsyncIterator[None]:
     """Let Postgres refuse every change of the items of `name`, as it would a value that it cannot store."""
@@ -431,3 +556,102 @@ async def test_a_page_of_items_that_do_not_end_hides_no_later_one(rows: Pool, st
     left = await rows.fetch("SELECT workspace_id, count(*) FROM a2a_queue GROUP BY 1 ORDER BY 1")
     assert [tuple(row) for row in left] == [("paused", 600), ("stuck", 500)]
     assert await rows.fetchval("SELECT waiting FROM workspaces WHERE workspace_id = 'later'") == 0
+
+
+# ── keys, order, wake-ups ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_item_that_returns_meets_no_newer_one_of_its_key(rows: Pool) -> None:
+    """B-10: the key is taken also while the item is delivered, so that there is none to collide with."""
+    first = message("w", "k")
+    await enqueue(rows, first)
+    (item,) = await claim(rows, "w", "one")
+    again = message("w", "k")
+    assert await enqueue(rows, again) == set()
+    for reply in ("busy", "owner_died", "failed_attempt"):
+        assert await settle(rows, item, reply)
+        await rows.execute("UPDATE a2a_queue SET not_before = NULL")
+        await rows.execute("UPDATE workspaces SET not_before = NULL")
+        (item,) = await claim(rows, "w", "one")
+        assert item.queue_id == first.queue_id
+    superseded = await rows.fetchrow("SELECT status, superseded_by FROM a2a_finished")
+    assert tuple(superseded or ()) == ("superseded", first.queue_id)
+
+
+async def test_an_item_whose_time_has_not_come_blocks_nobody_behind_it(rows: Pool) -> None:
+    """B-11: the head of the line waits for an hour; those behind it are claimed in their order."""
+    head = message("w").model_copy(update={"not_before": datetime.now(UTC) + timedelta(hours=1)})
+    ready = [message("w") for _ in range(3)]
+    await enqueue(rows, head, *ready)
+    begun: list[UUID] = []
+    while items := await claim(rows, "w", "one"):
+        begun += [item.queue_id for item in items]
+        await settle(rows, items[0], "delivered")
+    assert begun == [fact.queue_id for fact in ready]
+    await rows.execute("UPDATE a2a_queue SET not_before = now() - interval '1 s'")
+    assert [item.queue_id for item in await claim(rows, "w", "one")] == [head.queue_id]
+
+
+async def test_every_enqueue_gets_a_typed_answer(front: Door) -> None:
+    """B-17: new, the same again, known under another id, another body: nothing is refused without a word."""
+    name = fresh()
+    first = front.busy(name, "one", key="k")
+    word = await front.keep(first)
+    assert (word.duplicate_of, word.conflict, word.position) == (None, False, 1)
+    word = await front.keep(first.model_copy(update={"fact_id": uuid7()}))
+    assert (word.duplicate_of, word.conflict) == (first.queue_id, False)
+    word = await front.keep(front.busy(name, "one", key="k", body=first.body))
+    assert (word.duplicate_of, word.conflict) == (first.queue_id, False)
+    word = await front.keep(front.busy(name, "two", key="k"))
+    assert (word.duplicate_of, word.conflict) == (None, True)
+    word = await front.keep(front.busy(name, "two", key="l"))
+    assert (word.duplicate_of, word.conflict, word.position) == (None, False, 2)
+
+
+async def test_work_whose_wake_up_was_lost_is_found_behind_a_page_that_cannot_be_delivered(front: Door) -> None:
+    """B-08, B-19: nothing listens in Postgres; a row that no fact told of is found by the sweep, behind 500 closed."""
+    pool = front.side.pool
+    async with agent("z") as worker:
+        await front.register("z", worker.url)
+        async with pool.acquire() as connection, connection.transaction():
+            for number in range(500):
+                await fill(connection, f"a{number:03}", 1)
+            await connection.execute("UPDATE workspaces SET paused = true WHERE workspace_id LIKE 'a%'")
+            fact = front.busy("z", "x")
+            await fill(connection, "z", 1)
+            await connection.execute(
+                "UPDATE a2a_queue SET queue_id = $1, body = $2 WHERE workspace_id = 'z'", fact.queue_id, fact.body
+            )
+            await connection.execute("UPDATE workspaces SET url = $1 WHERE workspace_id = 'z'", worker.url)
+        await front.ended(fact.queue_id)
+        assert [each.queue_id for each in worker.received] == [str(fact.queue_id)]
+
+
+async def test_a_claim_works_under_an_old_snapshot(rows: Pool) -> None:
+    """B-20: 10,000 items come and go while somebody holds a snapshot; the next claim is right. Its cost is printed."""
+    await fill(rows, "w", 100)
+    cost = {"before": await claim_cost(rows)}
+    async with rows.acquire() as old, old.transaction(isolation="repeatable_read"):
+        await old.fetchval("SELECT count(*) FROM a2a_queue")
+        for _ in range(10):
+            await rows.execute("DELETE FROM a2a_queue WHERE rank_ms > 0")
+            await fill(rows, "w", 1000)
+            await rows.execute("UPDATE a2a_queue SET rank_ms = -rank_ms WHERE rank_ms > 900")
+            await rows.execute("UPDATE a2a_queue SET rank_ms = 10000 WHERE rank_ms < 0")
+        await rows.execute("DELETE FROM a2a_queue WHERE rank_ms < 10000")
+        cost["held"] = await claim_cost(rows)
+        (item,) = await claim(rows, "w", "one")
+        assert item.workspace_id == "w"
+    await rows.execute("VACUUM a2a_queue")
+    cost["vacuumed"] = await claim_cost(rows)
+    print(f"buffers of a claim: {cost}")
+
+
+async def claim_cost(pool: Pool) -> int:
+    """Blocks that a claim of one item touches; it is taken back."""
+    async with pool.acquire() as connection:
+        claiming = connection.transaction()
+        await claiming.start()
+        cost = await buffers(connection, SQL["claim_items"], ["w"], [1], "trial", None)
+        await claiming.rollback()
+    return cost
