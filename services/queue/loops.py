@@ -36,6 +36,8 @@ class Loops:
 
     settings: Settings
     pool: Pool
+    own: Pool
+    """Connections that nothing else of this replica waits for: its beats need one whatever the others do."""
     publisher: Publisher
     drain: Drain
     _page_after: str = ""
@@ -50,6 +52,7 @@ class Loops:
             Loop("sweep", self.sweep),
             Loop("reconcile", self.reconcile),
             Loop("endings", self.end_due),
+            Loop("pulse", self.pulse),
             Loop("owner", self.beat),
             Loop("reread", self.reread),
             Loop("snapshot", self.snapshot),
@@ -125,6 +128,15 @@ class Loops:
                 if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                     raise
                 log.exception("expiry_failed", queue_id=str(item[0]))
+
+    async def pulse(self) -> float:
+        """Say that this replica lives, and nothing else.
+
+        On a connection of its own: handlers that wait for a lock may hold the whole pool for longer than an owner may
+        be silent, and the deliveries of a replica that lives would be run twice (B-09).
+        """
+        await self.own.execute(SQL["beat_replica"], self.settings.replica_id, self.settings.owner_silent_s)
+        return self.settings.owner_beat_s
 
     async def beat(self, now: datetime | None = None) -> float:
         """Say that this replica lives; take the deliveries of those that do not.

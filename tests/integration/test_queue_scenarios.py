@@ -192,7 +192,7 @@ def loops(stack: Stack, pool: Pool, **changes: Any) -> Loops:
     """The loops of a replica whose drain does not turn and which tells nobody."""
     settings = queue_settings(stack, **changes)
     silent: Any = None
-    return Loops(settings, pool, silent, Drain(settings, pool, silent, silent))
+    return Loops(settings, pool, pool, silent, Drain(settings, pool, silent, silent))
 
 
 async def test_counters_are_held_against_rows_without_counting_the_backlog(rows: Pool, stack: Stack) -> None:
@@ -275,7 +275,7 @@ async def rescuer(stack: Stack, pool: Pool) -> AsyncIterator[tuple[Loops, Drain]
     silent: Any = None
     async with open_publisher(settings) as publisher:
         drain = Drain(settings, pool, publisher, silent)
-        yield Loops(settings, pool, publisher, drain), drain
+        yield Loops(settings, pool, pool, publisher, drain), drain
 
 
 async def rescue(looking: Loops, drain: Drain) -> None:
@@ -422,6 +422,28 @@ async def test_a_replica_whose_loop_was_blocked_does_no_harm_when_it_comes_back(
         assert [change.status.value for change in front.changes[fact.queue_id]].count("completed") == 1
     counters = await rows.fetchrow("SELECT waiting, running FROM workspaces WHERE workspace_id = $1", name)
     assert tuple(counters or ()) == (0, 0)
+
+
+async def test_a_replica_beats_also_while_every_connection_of_its_pool_waits(rows: Pool, stack: Stack) -> None:
+    """B-09, B-22: facts of a locked workspace hold them all for as long as a lock may be waited for."""
+    pool_max = 2
+    async with (
+        door(stack) as front,
+        queue_service(stack, database_pool_max=pool_max, owner_beat_s=0.1, owner_silent_s=0.6),
+        rows.acquire() as locking,
+    ):
+        await front.keep(front.busy("w", "first"))
+        async with locking.transaction():
+            await store.lock(locking, ["w"])
+            for number in range(pool_max + 2):
+                await front.publisher.publish(front.busy("w", str(number)))
+            held = (
+                "SELECT count(*) = $1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = current_user"
+            )
+            await until(lambda: _truth(rows, held, pool_max), within_s=8)
+            since = await rows.fetchval("SELECT clock_timestamp()")
+            beaten = "SELECT count(*) FROM replicas WHERE beat_at > $1::timestamptz + interval '1 s'"
+            await until(lambda: _truth(rows, beaten, since), within_s=5)
 
 
 def test_an_owner_beats_several_times_before_it_counts_as_silent(stack: Stack) -> None:
