@@ -47,6 +47,10 @@ Store = Callable[[Connection, Sequence[FactT]], Awaitable[Tell | None]]
 Hear = Callable[[Sequence[FactT]], Awaitable[None]]
 """A handler of facts that only change memory."""
 
+Aside = Callable[[Connection, bytes, str], Awaitable[None]]
+"""What is owed for a fact that was set aside: called with its bytes and the reason, in the transaction of its dead
+letter, and last, because it may lock what handlers lock."""
+
 _SQL = load_queries(Path(__file__).parent / "queries.sql")
 _CLOSE_S = 5.0
 _PREFETCH = 8
@@ -74,6 +78,7 @@ class Reader:
         self._pool = pool
         self._inbox = inbox
         self._committed = committed
+        self._asides: dict[str, Aside] = {}
         self._exchange = RabbitExchange(topology.EXCHANGE, type=ExchangeType.TOPIC, durable=True)
         self.broker = RabbitBroker(
             broker_url(settings, "reader"),
@@ -87,9 +92,16 @@ class Reader:
             logger=None,
         )
 
-    def store(self, fact: type[FactT], handle: Store[FactT], *, reader: str | None = None) -> None:
-        """Let `handle` write `fact`; `reader` if the queue is not named after the service."""
+    def store(
+        self, fact: type[FactT], handle: Store[FactT], *, reader: str | None = None, aside: Aside | None = None
+    ) -> None:
+        """Let `handle` write `fact`; `reader` if the queue is not named after the service.
+
+        `aside` is what is owed for one that was set aside, also by the broker.
+        """
         route = topology.route(fact, reader or self._service)
+        if aside is not None:
+            self._asides[route.queue(self._replica_id)] = aside
         write = partial(self._write, route, handle)
         self._subscribe(route, _Line(write) if route.ordered else partial(_alone, write))
 
@@ -123,8 +135,11 @@ class Reader:
 
             async def keep(connection: Connection) -> None:
                 await set_aside(connection, source, message.body, "undeliverable", str(deaths[0].get("reason", "")))
+                for raw in split_or_whole(message.body):
+                    await pay(connection, self._asides.get(source), raw, "undeliverable")
 
             await transact(self._pool, keep)
+            self._committed()
             DEAD_LETTERS.labels(source, "undeliverable").inc()
             await message.ack()
 
@@ -168,7 +183,8 @@ class Reader:
         started = time.perf_counter()
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(fact=route.fact.__name__)
-        batch = _Batch(self._pool, self._inbox, route, handle, bodies)
+        aside = self._asides.get(route.queue(self._replica_id))
+        batch = _Batch(self._pool, self._inbox, route, handle, bodies, aside=aside)
         if batch.facts or batch.unreadable:
             await batch.write()
             self._committed()
@@ -248,20 +264,30 @@ class _Written:
     applied: int = 0
     duplicate: int = 0
     tells: list[Tell] = field(default_factory=list)
-    aside: list[tuple[str, str]] = field(default_factory=list)
-    """(reason, sentence)"""
+    aside: list[tuple[str, str, bytes]] = field(default_factory=list)
+    """(reason, sentence, the fact's bytes)"""
 
 
 class _Batch:
     """Batches on their way into the database together: whole if that works, else fact by fact."""
 
-    def __init__(self, pool: Pool, inbox: Inbox, route: Route, handle: Store[FactT], bodies: Sequence[bytes]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        inbox: Inbox,
+        route: Route,
+        handle: Store[FactT],
+        bodies: Sequence[bytes],
+        *,
+        aside: Aside | None,
+    ) -> None:
         self._pool = pool
         self._inbox = inbox
         self._once = route.kind is Kind.QUORUM
         self._name = route.fact.__name__
         self._handle = handle
         self._bodies = bodies
+        self._aside = aside
         kind: type[FactT] = route.fact  # type: ignore[assignment]
         decoded = [decode_batch(kind, body) for body in bodies]
         self.facts = [fact for facts, _ in decoded for fact in facts]
@@ -295,7 +321,7 @@ class _Batch:
     def _tell(self, written: _Written) -> None:
         FACTS_READ.labels(self._name, "applied").inc(written.applied)
         FACTS_READ.labels(self._name, "duplicate").inc(written.duplicate)
-        for reason, sentence in written.aside:
+        for reason, sentence, _ in written.aside:
             DEAD_LETTERS.labels(self._name, reason).inc()
             log.error("fact_set_aside", reason=reason, error=sentence)
         for tell in written.tells:
@@ -311,7 +337,7 @@ class _Batch:
         if new and (tell := await self._handle(connection, new)):
             written.tells.append(tell)
         written.applied = len(new)
-        return written
+        return await self._pay(connection, written)
 
     async def _singly(self, connection: Connection) -> _Written:
         written = await self._begin(connection)
@@ -329,6 +355,11 @@ class _Batch:
             written.applied += 1
             if tell:
                 written.tells.append(tell)
+        return await self._pay(connection, written)
+
+    async def _pay(self, connection: Connection, written: _Written) -> _Written:
+        for reason, _, raw in written.aside:
+            await pay(connection, self._aside, raw, reason)
         return written
 
     async def _begin(self, connection: Connection) -> _Written:
@@ -344,12 +375,36 @@ class _Batch:
 
     async def _set_aside(self, connection: Connection, written: _Written, raw: bytes, reason: str, error: str) -> None:
         if sentence := await set_aside(connection, self._name, raw, reason, error):
-            written.aside.append((reason, sentence))
+            written.aside.append((reason, sentence, raw))
 
     def _raw(self, fact: Fact) -> bytes:
         """The fact's own bytes, with what a newer writer put in that we do not know."""
         mark = str(fact.fact_id).encode()
         return next((raw for body in self._bodies for raw in split(body) if mark in raw), encode(fact))
+
+
+async def pay(connection: Connection, aside: Aside | None, raw: bytes, reason: str) -> None:
+    """Do what is owed for a fact that was set aside.
+
+    What is wrong with the fact may break that too; the dead letter stays.
+    """
+    if aside is None:
+        return
+    try:
+        async with connection.transaction():
+            await aside(connection, raw, reason)
+    except Exception as error:
+        if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+            raise
+        log.exception("aside_failed", reason=reason)
+
+
+def split_or_whole(body: bytes) -> list[bytes]:
+    """The facts of a batch, or the body itself if it is none."""
+    try:
+        return split(body)
+    except ValueError:
+        return [body]
 
 
 async def set_aside(connection: Connection, fact_type: str, raw: bytes, reason: str, error: str) -> str | None:

@@ -45,6 +45,12 @@ class Answers:
     async def query(self, connection: Connection, facts: Sequence[QueueQuery]) -> Tell:
         """Answer each question; what came too late is refused, so that a command is never a surprise."""
         answered = []
+        # All workspaces that this batch cancels in, at once and in key order: one after the other they would be locked
+        # in the order of the items, and meet a turn that comes the other way.
+        canceling = [fact.queue_id for fact in facts if fact.verb == "cancel" and fact.queue_id is not None]
+        if canceling:
+            known = await store.find_ids(connection, canceling)
+            await store.lock(connection, {each.workspace_id for each in known.values()})
         for fact in sorted(facts, key=lambda fact: str(fact.queue_id)):
             status, body = await _answer(connection, fact)
             encoded = json.dumps(body).encode()

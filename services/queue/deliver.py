@@ -74,6 +74,7 @@ class Delivery:
         self._cancel_sent = False
         self._task_known: TaskKnown | None = None
         self._envelope = parse(item.body)
+        self._begun = time.monotonic()  # not the row's moment, which is another clock's
 
     async def run(self, task_known: TaskKnown) -> Ending:
         """Deliver; an accepted Task is followed to its end, within the ceiling."""
@@ -113,8 +114,8 @@ class Delivery:
     async def _follow(self, task_id: str) -> Ending | None:
         """Ask for the task until it has ended; None: the agent does not know it. A failed poll says nothing."""
         pause_s = self._settings.follow_min_s
-        deadline = self.item.dispatched_at + self._longest_s()
-        while time.time() < deadline:
+        deadline = self._begun + self._longest_s()
+        while time.monotonic() < deadline:
             await self._tell_task(task_id)
             if self._cancel_asked and not self._cancel_sent:
                 await self._send_cancel(task_id)

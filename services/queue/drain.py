@@ -95,25 +95,21 @@ class Drain:
             return await self._run_once(now)
 
     async def _run_once(self, now: datetime | None) -> float:
-        most = 1 if self._singly else TURN_ENDINGS_MAX
+        alone = self._singly > 0
         self._singly = max(0, self._singly - 1)
-        endings = list(islice(self._endings.values(), most))
-        ready = list(self._ready)[:TURN_WORKSPACES_MAX]
+        endings = list(islice(self._endings.values(), 1 if alone else TURN_ENDINGS_MAX))
+        ready = [] if alone and endings else list(self._ready)[: 1 if alone else TURN_WORKSPACES_MAX]
         if not endings and not ready:
             return self._settings.sweep_s
         room = 0 if self._stopping else self._settings.deliveries_max - len(self.running)
         try:
             turn = await transact(self._pool, lambda connection: self._turn(connection, endings, ready, room, now))
         except Exception as error:
-            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT) or len(endings) <= 1:
-                if endings and classify(error) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
-                    # It cannot be written as it is. Its row is still ours: `reread` finds it and writes it back.
-                    log.exception("ending_dropped", queue_id=str(endings[0].item.queue_id))
-                    self._endings.pop(key_of(endings[0].item), None)
+            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                 raise
-            # One of them cannot be written: it must not keep the others.
-            log.warning("turn_repeated_singly", error=f"{type(error).__name__}: {error}"[:300])
-            self._singly = len(endings)
+            self._part(endings, ready, alone=alone, error=f"{type(error).__name__}: {error}"[:300])
+            if alone and classify(error) is not Trouble.DATA:
+                raise  # a bug of ours, which may meet every turn: each that it costs shall cost time
             return 0
         for ending in endings:
             self._endings.pop(key_of(ending.item), None)
@@ -125,6 +121,23 @@ class Drain:
         for item in turn.items:
             self._start(item)
         return 0 if self._endings or self._ready else self._settings.sweep_s
+
+    def _part(self, endings: Sequence[Ending], ready: Sequence[str], *, alone: bool, error: str) -> None:
+        """One of these cannot be written: repeat them one by one, and let go of what fails alone (B-08).
+
+        Nothing is lost with it: the row of an ending is still ours, so `reread` writes it back; a sweep names the
+        workspace again. There is no pause for data: five hundred of them would keep everybody else's for an hour.
+        """
+        if not alone:
+            log.warning("turn_repeated_singly", error=error)
+            self._singly = len(endings) + len(ready)
+            return
+        for ending in endings:
+            log.error("ending_dropped", queue_id=str(ending.item.queue_id), error=error)
+            self._endings.pop(key_of(ending.item), None)
+        for name in ready:
+            log.error("claim_failed", workspace_id=name, error=error)
+            self._ready.pop(name, None)
 
     async def _turn(
         self, connection: Connection, endings: Sequence[Ending], ready: Sequence[str], room: int, now: datetime | None

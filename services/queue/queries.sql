@@ -46,11 +46,29 @@ FROM workspaces WHERE waiting > 0 OR running > 0 ORDER BY workspace_id
 SELECT queue_id, workspace_id, delivery_no, key_hash, dispatched_at
 FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = ANY($1::text[])
 
+-- name: counted_workspaces
+-- A page of the workspaces that have items or are said to have: whoever has them by a loose scan, one step in the index
+-- per workspace however many its items, because a counter that is wrongly 0 is found by its rows alone.
+WITH RECURSIVE held(workspace_id) AS (
+  (SELECT q.workspace_id FROM a2a_queue q WHERE q.workspace_id > $1 ORDER BY q.workspace_id LIMIT 1)
+  UNION ALL
+  SELECT (SELECT q.workspace_id FROM a2a_queue q WHERE q.workspace_id > held.workspace_id
+          ORDER BY q.workspace_id LIMIT 1)
+  FROM held WHERE held.workspace_id IS NOT NULL)
+SELECT workspace_id FROM (SELECT workspace_id FROM held WHERE workspace_id IS NOT NULL LIMIT $2) found
+UNION
+SELECT workspace_id FROM (
+  SELECT workspace_id FROM workspaces WHERE (waiting > 0 OR running > 0) AND workspace_id > $1
+  ORDER BY workspace_id LIMIT $2) said
+ORDER BY workspace_id LIMIT $2
+
 -- name: count_items
--- The truth that the counters are held against (B-06).
-SELECT workspace_id, count(*) FILTER (WHERE status = 'queued')::int AS waiting,
-       count(*) FILTER (WHERE status = 'dispatched')::int AS running
-FROM a2a_queue WHERE workspace_id = ANY($1::text[]) GROUP BY workspace_id
+-- The truth that the counters are held against (B-06). Waiting ones are counted up to $2; null: all of them.
+SELECT w.workspace_id,
+  (SELECT count(*) FROM (
+    SELECT FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' LIMIT $2) counted)::int AS waiting,
+  (SELECT count(*) FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'dispatched')::int AS running
+FROM unnest($1::text[]) AS w(workspace_id)
 
 -- name: insert_keys
 INSERT INTO idempotency_keys (workspace_id, caller_hash, key_hash, queue_id, body_hash, expires_at)
@@ -105,6 +123,13 @@ FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::by
   AS i(queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason, method, body,
        context_id, n)
 JOIN unnest($13::uuid[]) WITH ORDINALITY AS s(by, n) USING (n)
+ON CONFLICT DO NOTHING
+
+-- name: insert_unreadable
+-- A message that was promised and could not be kept; its bytes are in dead_letters.
+INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
+                          method, body, enqueued_at, ended_at, attempts, delivery_no, last_error, rev)
+VALUES ($1, $2, $3, $4, $5, $6, 50, 'failed', $7, '', '', now(), now(), 0, 0, $8, 1)
 ON CONFLICT DO NOTHING
 
 -- name: claim_items
@@ -181,13 +206,15 @@ ON CONFLICT (replica_id) DO UPDATE SET beat_at = clock_timestamp(),
 RETURNING clock_timestamp() - unbroken_since >= make_interval(secs => $2) AS may_judge
 
 -- name: lost_items
--- Rows whose owner is silent, or has no row at all. Only for a replica that may judge.
+-- Rows whose owner is silent, or has no row at all. Only for a replica that may judge. Keyset, so that a page of rows
+-- that cannot be written hides nobody (B-08).
 SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
        q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
 FROM a2a_queue q LEFT JOIN replicas r ON r.replica_id = q.owner
 WHERE q.status = 'dispatched' AND q.owner <> $1
   AND (r.replica_id IS NULL OR r.beat_at < coalesce($3, clock_timestamp()) - make_interval(secs => $2))
-ORDER BY q.queue_id LIMIT 500
+  AND ($4::uuid IS NULL OR q.queue_id > $4)
+ORDER BY q.queue_id LIMIT $5
 
 -- name: forget_replicas
 DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs => $1)
@@ -197,10 +224,12 @@ DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs 
 DELETE FROM replicas WHERE replica_id = $1
 
 -- name: ending_items
--- Not while its workspace is paused: both clocks stop then.
-SELECT q.queue_id, q.workspace_id FROM a2a_queue q JOIN workspaces w USING (workspace_id)
+-- Not while its workspace is paused: both clocks stop then. Keyset, as above.
+SELECT q.queue_id, q.workspace_id, least(q.expires_at, q.give_up_at) AS due_at
+FROM a2a_queue q JOIN workspaces w USING (workspace_id)
 WHERE q.status = 'queued' AND least(q.expires_at, q.give_up_at) <= coalesce($1, clock_timestamp()) AND NOT w.paused
-ORDER BY least(q.expires_at, q.give_up_at) LIMIT 500
+  AND ($2::timestamptz IS NULL OR (least(q.expires_at, q.give_up_at), q.queue_id) > ($2, $3::uuid))
+ORDER BY least(q.expires_at, q.give_up_at), q.queue_id LIMIT $4
 
 -- name: end_items
 -- Items that wait and end without a delivery: canceled, expired, given up.

@@ -202,9 +202,11 @@ async def claim(
     return [_item(row, workspaces[row["workspace_id"]]) for row in rows]
 
 
-async def find_lost(connection: Connection, owner: str, silent_s: float, now: datetime | None) -> list[Item]:
-    """Rows whose owner is silent, as the items they are."""
-    rows = await connection.fetch(SQL["lost_items"], owner, silent_s, now)
+async def find_lost(
+    connection: Connection, owner: str, silent_s: float, now: datetime | None, *, after: UUID | None, most: int
+) -> list[Item]:
+    """A page of the rows whose owner is silent, as the items they are, in the order of their ids."""
+    rows = await connection.fetch(SQL["lost_items"], owner, silent_s, now, after, most)
     workspaces = await read(connection, {row["workspace_id"] for row in rows})
     return [_item(row, workspaces[row["workspace_id"]]) for row in rows]
 

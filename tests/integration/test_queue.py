@@ -25,7 +25,9 @@ async def front(stack: Stack) -> AsyncIterator[Door]:
             "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas, inbox, outbox, dead_letters"
         )
     async with door(stack) as opened:
-        async with queue_service(stack, sweep_s=0.5, busy_cap_s=2.0, follow_min_s=0.1, follow_max_s=0.2):
+        async with queue_service(
+            stack, sweep_s=0.5, reconcile_s=0.5, busy_cap_s=2.0, follow_min_s=0.1, follow_max_s=0.2
+        ):
             yield opened
         letters = await opened.side.pool.fetch("SELECT fact_type, reason, error FROM dead_letters")
         assert not letters, letters
