@@ -244,6 +244,8 @@ class Finish:
     status: ItemStatus
     reason: str | None
     ending: Ending
+    attempts: int = 0
+    """Whether this delivery itself counts against the limit: 1 or 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +282,7 @@ def fate(
     decided = _fate(reply, attempts, deaths, at_most_once=at_most_once, limits=(attempts_max, deaths_max))
     if isinstance(decided, Requeue) and cancel_requested:
         # A row that would return to the queue with a cancel on it ends instead.
-        return Finish(ItemStatus.CANCELED, "canceled", decided.ending)
+        return Finish(ItemStatus.CANCELED, "canceled", decided.ending, decided.attempts)
     return decided
 
 
@@ -306,12 +308,12 @@ def _fate(reply: Reply, attempts: int, deaths: int, *, at_most_once: bool, limit
     if isinstance(decided, Finish):
         return decided
     if at_most_once and reply in {"unknown", "owner_died"}:
-        return Finish(ItemStatus.FAILED, "delivery_unknown", decided.ending)
+        return Finish(ItemStatus.FAILED, "delivery_unknown", decided.ending, decided.attempts)
     if decided.deaths and deaths + decided.deaths >= deaths_max:
-        return Finish(ItemStatus.FAILED, "poison", decided.ending)
+        return Finish(ItemStatus.FAILED, "poison", decided.ending, decided.attempts)
     # The death of our own replica says nothing about the message: it never fails one.
     if decided.row_wait and attempts + decided.attempts >= attempts_max:
-        return Finish(ItemStatus.FAILED, "attempts", decided.ending)
+        return Finish(ItemStatus.FAILED, "attempts", decided.ending, decided.attempts)
     return decided
 
 

@@ -238,10 +238,13 @@ def _item(row: asyncpg.Record, workspace: Workspace) -> Item:
 async def finish(connection: Connection, settled: Sequence[Settled]) -> dict[UUID, Ended]:
     """End items, fenced; return those that really ended."""
     rows = [
-        (each.item.queue_id, each.item.delivery_no, each.fate.status.value, each.fate.reason, each.answer, each.error)
+        (
+            each.item.queue_id, each.item.delivery_no, each.fate.status.value, each.fate.reason, each.fate.attempts,
+            each.answer, each.error,
+        )
         for each in settled
         if isinstance(each.fate, Finish)
-    ]
+    ]  # fmt: skip
     if not rows:
         return {}
     found = await connection.fetch(SQL["finish_items"], *_columns(rows))
