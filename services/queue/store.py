@@ -126,9 +126,8 @@ async def reserve_keys(connection: Connection, facts: Sequence[MessageBusy], kee
     """Take the explicit keys of `facts`; return those that somebody had before, with what they stand for."""
     if not facts:
         return {}
-    columns = _columns(
-        (*key_of(fact), fact.queue_id, fact.body_hash) for fact in {key_of(f): f for f in facts}.values()
-    )
+    first = {key_of(fact): fact for fact in reversed(facts)}  # of two with the same key in one batch
+    columns = _columns((*key_of(fact), fact.queue_id, fact.body_hash) for fact in first.values())
     await connection.execute(SQL["insert_keys"], *columns, keep_s)
     return await _keyed(connection, "find_keys", facts)
 
