@@ -123,7 +123,7 @@ def hear_beat(
 
     `begun_after`: our running deliveries that began after the beat came in, while it was on its way to us.
     """
-    if incarnation < workspace.incarnation or rev <= workspace.beat_rev:
+    if incarnation < workspace.incarnation or (incarnation == workspace.incarnation and rev <= workspace.beat_rev):
         return workspace
     recent = tuple(end for end in workspace.recent_ended if counts_as_ended(end, at))
     heard = replace(

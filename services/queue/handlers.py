@@ -202,7 +202,7 @@ def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
     if not new_life:
         return taken_over
     # What the last life said of itself is void, and so is that it was busy.
-    return replace(taken_over, beat_at=None, beat_active=0, not_before=None, busy_streak=0)
+    return replace(taken_over, beat_rev=0, beat_at=None, beat_active=0, not_before=None, busy_streak=0)
 
 
 # ── keeping ──────────────────────────────────────────────────────────────────────────────────────────────────────────
