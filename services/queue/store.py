@@ -71,7 +71,11 @@ async def read_active(connection: Connection) -> list[Workspace]:
 
 async def save(connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]) -> None:
     """Write the rows that changed."""
-    changed = [asdict(workspace) for name, workspace in after.items() if workspace != before.get(name)]
+    changed = [
+        {**asdict(workspace), "recent_ended": [moment for each in workspace.recent_ended for moment in each]}
+        for name, workspace in after.items()
+        if workspace != before.get(name)
+    ]
     if changed:
         await connection.execute(SQL["save_workspaces"], json.dumps(changed))
 
@@ -83,7 +87,7 @@ def _workspace(row: asyncpg.Record) -> Workspace:
             **values,
             "beat_at": row["beat_epoch"],
             "not_before": row["not_before_epoch"],
-            "recent_ended": tuple(row["recent_ended"]),
+            "recent_ended": tuple(zip(row["recent_ended"][::2], row["recent_ended"][1::2], strict=False)),
             "forwards": {name: _forwards(value) for name, value in json.loads(row["forwards"]).items()},
         }
     )
