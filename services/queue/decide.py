@@ -151,10 +151,8 @@ def hear_forwards(workspace: Workspace, proxy_id: str, forwards: Forwards) -> Wo
     if known is not None and forwards.rev <= known.rev:
         return workspace
     living = {name: each for name, each in workspace.forwards.items() if forwards.at - each.at < 4 * FORWARDS_FRESH_S}
-    living.pop(proxy_id, None)
-    if forwards.running or forwards.ended:
-        living[proxy_id] = forwards
-    return replace(workspace, forwards=living, rev=workspace.rev + 1)
+    # Also when it has none left: an older beat that comes late, with a kept message, must not bring them back.
+    return replace(workspace, forwards={**living, proxy_id: forwards}, rev=workspace.rev + 1)
 
 
 def begin(workspace: Workspace, items: int) -> Workspace:
