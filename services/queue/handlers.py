@@ -196,7 +196,8 @@ def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
         paused=fact.paused or fact.desired == "stopped",
         removed=False,
         incarnation=max(fact.incarnation, workspace.incarnation),
-        beat_cadence_s=fact.heartbeat_interval_s,
+        # What the agent's own beat said of its cadence outlasts what was registered, in whichever order they come.
+        beat_cadence_s=fact.heartbeat_interval_s if new_life or workspace.beat_at is None else workspace.beat_cadence_s,
         rev=workspace.rev + 1,
     )
     if not new_life:
