@@ -358,7 +358,10 @@ class QueueMachine(RuleBasedStateMachine):
 
     async def _stall(self, replica: Replica, judge: Replica, answers: list[tuple[int, str]]) -> None:
         """What it held is taken from it and claimed again, perhaps by itself, while it still has it in hand."""
+        await self._sweep(replica)
+        await self._turn(replica, [])
         await self._freeze(replica)
+        self.clock.ahead_s += 100  # longer than anybody's word about the agent is believed
         await self._judge(judge, ripe=True)
         await self._turn(judge, [])
         await self._sweep(replica)
@@ -450,8 +453,6 @@ class QueueMachine(RuleBasedStateMachine):
         seat.registry_rev, seat.reachable, seat.removed, seat.paused = rev, True, False, paused
         seat.maximum, seat.at_most_once, seat.give_up_after_s = maximum, once, give_up_s
         seat.incarnation = max(seat.incarnation, fact.incarnation)
-        if seat.beat is not None:
-            seat.beat.cadence_s = fact.heartbeat_interval_s
 
     async def _remove(self, replica: Replica, seat: Seat) -> None:
         self.revs[seat.name] += 1
