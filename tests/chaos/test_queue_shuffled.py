@@ -1,4 +1,4 @@
-"""Every fact three times, in shuffled order, over a real RabbitMQ: the queue ends where it would have ended in order."""
+"""Every fact three times and shuffled, over a real RabbitMQ: the queue ends where it would have ended in order."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def registry(name: str, number: int) -> list[Fact]:
             settings={"session_ceiling_s": 60},
         ),
         WorkspaceRemoved(workspace_id=name, rev=4),
-        WorkspaceRegistered(workspace_id=name, rev=5, incarnation=3, url="http://three.example", agent_authorization="x"),
+        WorkspaceRegistered(workspace_id=name, rev=5, incarnation=3, url="http://3.example", agent_authorization="x"),
     ]  # fmt: skip
     return [*lives[: 1 + number % len(lives)]]
 
@@ -191,7 +191,8 @@ async def readers(stack: Stack) -> AsyncIterator[tuple[Replica, Replica]]:
 
 
 def facts_read() -> float:
-    return sum(FACTS_READ.labels(kind.__name__, how)._value.get() for kind in KINDS for how in ("applied", "duplicate"))
+    labels = [(kind.__name__, outcome) for kind in KINDS for outcome in ("applied", "duplicate")]
+    return float(sum(FACTS_READ.labels(*each)._value.get() for each in labels))
 
 
 async def tell(side: Replica, facts: Sequence[Fact]) -> None:

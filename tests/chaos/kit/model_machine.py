@@ -390,7 +390,8 @@ class QueueMachine(RuleBasedStateMachine):
         self._count("lost", len(lost) if ripe else 0)
 
     async def _deploy(self, replica: Replica) -> None:
-        await self._turn(replica, [])
+        while replica.endings():
+            await self._turn(replica, [])
         held = [(UUID(queue_id), number) for queue_id, number in replica.drain.running]
         began, now = time.time(), self.clock.now()
         await replica.drain.stop(0.0)

@@ -167,7 +167,11 @@ class Replica:
     loops: Loops
 
     def endings(self) -> list[Any]:
-        return list(self.drain._endings.values())
+        """What its next turn writes: of each item the first."""
+        first: dict[UUID, Any] = {}
+        for ending in self.drain._endings.values():
+            first.setdefault(ending.item.queue_id, ending)
+        return list(first.values())
 
     def ready(self) -> list[str]:
         return list(self.drain._ready)
