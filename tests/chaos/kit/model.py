@@ -72,6 +72,7 @@ class Beat:
     at: float
     active: int
     cadence_s: float
+    heard_at: float
 
 
 @dataclass(slots=True)
@@ -92,6 +93,7 @@ class Seat:
     registry_rev: int = 0
     reachable: bool = False
     maximum: int = 1
+    least_maximum: int = 10_000
     give_up_after_s: float = 86_400.0
     at_most_once: bool = False
     paused: bool = False
@@ -135,6 +137,14 @@ class Seat:
             ended += [end for _, end, outcome in proxy.ended if outcome == "answered"]
         started = sum(moment > beat.at for moment in begun)
         return max(running, beat.active + started - sum(moment >= beat.at - EARLIER_S for moment in ended))
+
+    def is_blurred(self) -> bool:
+        """More ended around the beat than the agent can have had in its count: how many of them, is not prescribed."""
+        if self.beat is None:
+            return False
+        since, until = self.beat.at - EARLIER_S, self.beat.heard_at
+        over = [each for each in self.deliveries.values() if each.how is not None and since <= each.ended <= until]
+        return len(over) > self.least_maximum
 
     def is_open(self, now: float) -> bool:
         shut = self.shut_until is not None and self.shut_until > now
@@ -269,18 +279,24 @@ class Model:
         elif fate.slot == "answered":
             seat.shuts, seat.shut_until = False, None
 
-    def claim(self, names: Iterable[str], now: float, owner: str) -> list[Item]:
-        """Take what each of these workspaces has room for, in order."""
-        taken = []
+    def claim(self, names: Iterable[str], now: float, owner: str, claimed: set[UUID]) -> None:
+        """Hold what was claimed in these workspaces against what there was room for: so many, and the first in line."""
+        left = set(claimed)
         for name in sorted(set(names)):
             seat = self.seat(name)
             ready = [each for each in self.of(name, "queued") if each.not_before is None or each.not_before <= now]
-            for item in ready[: seat.capacity(now)]:
+            found = sum(item.queue_id in claimed for item in ready)
+            room = min(len(ready), seat.capacity(now))
+            if seat.is_blurred():
+                room = min(found, max(0, seat.maximum - len(self.of(name, "dispatched"))))
+            assert found == room, f"I4: {found} claimed in {name}, where {room} could be"
+            for item in ready[:room]:
+                assert item.queue_id in claimed, f"I3: {item.queue_id} was overtaken"
+                left.remove(item.queue_id)
                 item.status, item.owner = "dispatched", owner
                 item.delivery_no += 1
                 seat.deliveries[item.queue_id, item.delivery_no] = Delivery(now)
-                taken.append(item)
-        return taken
+        assert not left, f"nobody looked at {left}"
 
     def expire(self, now: float) -> None:
         for item in [item for item in self.items.values() if item.status == "queued"]:

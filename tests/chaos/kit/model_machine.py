@@ -95,6 +95,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.revs = dict.fromkeys(self.names, 0)
         self.final: dict[UUID, str] = {}
         self.told: dict[UUID, tuple[str, str | None]] = {}
+        self.orphans: dict[str, set[tuple[str, int]]] = {}
         self.told_to = 0
         self.is_whole = False
         """No step has failed: then the end must hold too."""
@@ -259,7 +260,11 @@ class QueueMachine(RuleBasedStateMachine):
         self.model.settle(replies, now)
         await self._observe(began, now)
         looked_at = {ending.item.workspace_id for ending in endings} | set(ready)
-        self._count("claimed", len(self.model.claim(looked_at, now, replica.name)))
+        rows = await self.rig.pool.fetch(ROWS, self.names)
+        numbers = {queue_id: item.delivery_no for queue_id, item in self.model.items.items()}
+        claimed = {row["queue_id"] for row in rows if row["delivery_no"] > numbers[row["queue_id"]]}
+        self.model.claim(looked_at, now, replica.name, claimed)
+        self._count("claimed", len(claimed))
 
     async def _answer(self, replica: Replica, index: int, said: str) -> None:
         keys = sorted(replica.drain.running)
@@ -295,6 +300,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     async def _reread(self, replica: Replica) -> None:
         held = dict(replica.drain.running)
+        in_hand = held.keys() | replica.drain._endings.keys()
         await replica.loops.reread()
         owned = {
             (str(item.queue_id), item.delivery_no): item
@@ -303,6 +309,11 @@ class QueueMachine(RuleBasedStateMachine):
         }
         gone = [task for key, (_, task) in held.items() if key not in owned]
         await asyncio.gather(*gone, return_exceptions=True)
+        orphans = owned.keys() - in_hand
+        adopted = orphans & self.orphans.get(replica.name, set())
+        self.orphans[replica.name] = orphans
+        assert adopted <= replica.drain._endings.keys(), "a claim that was never confirmed goes back"
+        self._count("adopted", len(adopted))
         assert replica.drain.running.keys() == held.keys() & owned.keys(), "a row that is no longer ours is let go"
         for key, (delivery, _) in replica.drain.running.items():
             assert delivery._cancel_asked or not owned[key].cancel, "a cancel reaches who delivers"
@@ -317,6 +328,8 @@ class QueueMachine(RuleBasedStateMachine):
                 "crash",
                 "freeze",
                 "stall",
+                "unconfirmed",
+                "pause",
                 "stall",
                 "judge",
                 "judge",
@@ -336,6 +349,8 @@ class QueueMachine(RuleBasedStateMachine):
             "join": self._join,
             "crash": lambda: self._crash(replica),
             "freeze": lambda: self._freeze(replica),
+            "unconfirmed": lambda: self._unconfirmed(replica),
+            "pause": lambda: self._pause(replica, self.seat(by)),
             "stall": lambda: self._stall(replica, self.pick(by + 1), [(0, word) for word in words]),
             "judge": lambda: self._judge(replica, ripe=True),
             "young": lambda: self._judge(replica, ripe=False),
@@ -347,6 +362,19 @@ class QueueMachine(RuleBasedStateMachine):
         what = {"crash": "deploy"}.get(what, what) if few else {"join": "crash"}.get(what, what) if many else what
         self._count(what)
         self.run(steps[what]())
+
+    async def _pause(self, replica: Replica, seat: Seat) -> None:
+        """While a workspace is paused, nothing in it ends by the clock."""
+        await self._register(replica, seat, maximum=2, paused=True)
+        self.clock.ahead_s += 200
+        await self._expire(replica)
+
+    async def _unconfirmed(self, replica: Replica) -> None:
+        """A claim commits, and its replica does not hear of it."""
+        await self._sweep(replica)
+        await self._turn(replica, [], confirmed=False)
+        await self._reread(replica)
+        await self._reread(replica)
 
     async def _join(self) -> None:
         self.replicas.append(await self.rig.replica())
@@ -453,6 +481,7 @@ class QueueMachine(RuleBasedStateMachine):
             seat.beat, seat.shut_until = None, None
         seat.registry_rev, seat.reachable, seat.removed, seat.paused = rev, True, False, paused
         seat.maximum, seat.at_most_once, seat.give_up_after_s = maximum, once, give_up_s
+        seat.least_maximum = min(seat.least_maximum, maximum)
         seat.incarnation = max(seat.incarnation, fact.incarnation)
 
     async def _remove(self, replica: Replica, seat: Seat) -> None:
@@ -472,7 +501,7 @@ class QueueMachine(RuleBasedStateMachine):
         self, replica: Replica, seat: Seat, *, active: int, life: int = 0, late_s: float = 0.0, cadence_s: float = 30.0
     ) -> None:
         at = self.clock.now() - late_s
-        beat = Beat(max(0, seat.incarnation + life), round(at * 1e6), at, active, cadence_s)
+        beat = Beat(max(0, seat.incarnation + life), round(at * 1e6), at, active, cadence_s, at + late_s)
         fact = WorkspaceHeartbeat(
             workspace_id=seat.name, rev=beat.rev, occurred_at=moment(at), incarnation=beat.incarnation,
             active_tasks=active, cadence_s=cadence_s,
