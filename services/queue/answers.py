@@ -174,13 +174,11 @@ async def _cancel(connection: Connection, fact: QueueQuery) -> Answer:
     row = await _find(connection, fact)
     if row is None:
         return _UNKNOWN
-    if row["status"] == "queued" and await end_waiting(
-        connection, [(row["queue_id"], row["workspace_id"])], "canceled", "canceled"
-    ):
+    # Whatever we have just read: under the lock that this takes it is neither claimed nor sent back any more.
+    if await end_waiting(connection, [(row["queue_id"], row["workspace_id"])], "canceled", "canceled"):
         return await _item(connection, fact)
     if row["status"] == "canceled":
         return await _item(connection, fact)  # said twice: the same answer
-    await store.lock(connection, [row["workspace_id"]])
     if await connection.fetchval(SQL["ask_cancel"], row["queue_id"]) is not None:
         _, body = await _item(connection, fact)
         detail = "Its agent has it. The cancel is remembered and passed on as soon as the agent has named its task."

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
+from uuid import UUID
 
 from services.queue import decide, store
 from services.queue.decide import Finish, Item, Requeue, Workspace
@@ -97,7 +98,7 @@ class Drain:
     async def _run_once(self, now: datetime | None) -> float:
         alone = self._singly > 0
         self._singly = max(0, self._singly - 1)
-        endings = list(islice(self._endings.values(), 1 if alone else TURN_ENDINGS_MAX))
+        endings = _one_each(islice(self._endings.values(), 1 if alone else TURN_ENDINGS_MAX))
         ready = [] if alone and endings else list(self._ready)[: 1 if alone else TURN_WORKSPACES_MAX]
         if not endings and not ready:
             return self._settings.sweep_s
@@ -270,6 +271,14 @@ class Drain:
 
 def key_of(item: Item) -> tuple[str, int]:
     return (str(item.queue_id), item.delivery_no)
+
+
+def _one_each(endings: Iterable[Ending]) -> list[Ending]:
+    """The first ending of each item: what an earlier delivery of it came to is not mixed up with a later one's."""
+    first: dict[UUID, Ending] = {}
+    for ending in endings:
+        first.setdefault(ending.item.queue_id, ending)
+    return list(first.values())
 
 
 def account(workspace: Workspace, settled: Settled, row: store.Ended, now: float) -> Workspace:

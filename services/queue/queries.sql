@@ -150,8 +150,8 @@ RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempt
 -- name: finish_items
 -- Fenced by delivery_no. A success that comes late also completes the row while it is queued again.
 WITH done AS (
-  SELECT * FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::bytea[], $6::text[])
-    AS d(queue_id, delivery_no, status, reason, answer, last_error)),
+  SELECT * FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::int[], $6::bytea[], $7::text[])
+    AS d(queue_id, delivery_no, status, reason, attempts, answer, last_error)),
 mine AS (
   SELECT q.queue_id FROM a2a_queue q JOIN done d USING (queue_id)
   WHERE (q.status = 'dispatched' AND q.delivery_no = d.delivery_no)
@@ -163,7 +163,7 @@ kept AS (
     method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error,
     answer, rev)
   SELECT g.queue_id, g.workspace_id, g.caller_id, g.caller_hash, g.key_hash, g.body_hash, g.priority, d.status, d.reason,
-    g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts, g.delivery_no,
+    g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts + d.attempts, g.delivery_no,
     g.agent_task_id, coalesce(d.last_error, g.last_error), d.answer, g.rev + 1
   FROM gone g JOIN done d USING (queue_id))
 SELECT queue_id, workspace_id, status, delivery_no, rev + 1 AS rev,

@@ -71,7 +71,11 @@ async def read_active(connection: Connection) -> list[Workspace]:
 
 async def save(connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]) -> None:
     """Write the rows that changed."""
-    changed = [asdict(workspace) for name, workspace in after.items() if workspace != before.get(name)]
+    changed = [
+        {**asdict(workspace), "recent_ended": [moment for each in workspace.recent_ended for moment in each]}
+        for name, workspace in after.items()
+        if workspace != before.get(name)
+    ]
     if changed:
         await connection.execute(SQL["save_workspaces"], json.dumps(changed))
 
@@ -83,7 +87,7 @@ def _workspace(row: asyncpg.Record) -> Workspace:
             **values,
             "beat_at": row["beat_epoch"],
             "not_before": row["not_before_epoch"],
-            "recent_ended": tuple(row["recent_ended"]),
+            "recent_ended": tuple(zip(row["recent_ended"][::2], row["recent_ended"][1::2], strict=False)),
             "forwards": {name: _forwards(value) for name, value in json.loads(row["forwards"]).items()},
         }
     )
@@ -126,9 +130,8 @@ async def reserve_keys(connection: Connection, facts: Sequence[MessageBusy], kee
     """Take the explicit keys of `facts`; return those that somebody had before, with what they stand for."""
     if not facts:
         return {}
-    columns = _columns(
-        (*key_of(fact), fact.queue_id, fact.body_hash) for fact in {key_of(f): f for f in facts}.values()
-    )
+    first = {key_of(fact): fact for fact in reversed(facts)}  # of two with the same key in one batch
+    columns = _columns((*key_of(fact), fact.queue_id, fact.body_hash) for fact in first.values())
     await connection.execute(SQL["insert_keys"], *columns, keep_s)
     return await _keyed(connection, "find_keys", facts)
 
@@ -240,10 +243,13 @@ def _item(row: asyncpg.Record, workspace: Workspace) -> Item:
 async def finish(connection: Connection, settled: Sequence[Settled]) -> dict[UUID, Ended]:
     """End items, fenced; return those that really ended."""
     rows = [
-        (each.item.queue_id, each.item.delivery_no, each.fate.status.value, each.fate.reason, each.answer, each.error)
+        (
+            each.item.queue_id, each.item.delivery_no, each.fate.status.value, each.fate.reason, each.fate.attempts,
+            each.answer, each.error,
+        )
         for each in settled
         if isinstance(each.fate, Finish)
-    ]
+    ]  # fmt: skip
     if not rows:
         return {}
     found = await connection.fetch(SQL["finish_items"], *_columns(rows))
@@ -259,7 +265,8 @@ async def requeue(connection: Connection, settled: Sequence[Settled]) -> dict[UU
     """Send items back to their place, fenced; return those that went."""
     rows = [
         (
-            each.item.queue_id, each.item.delivery_no, each.fate.attempts, each.fate.deaths, each.wait_s,
+            each.item.queue_id, each.item.delivery_no, each.fate.attempts, each.fate.deaths,
+            each.wait_s if each.fate.row_wait else 0.0,  # busy closes the workspace, and its row keeps its place
             each.fate.reason, each.error,
         )
         for each in settled
