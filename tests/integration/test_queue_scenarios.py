@@ -432,15 +432,16 @@ async def test_a_replica_beats_also_while_every_connection_of_its_pool_waits(row
         queue_service(stack, database_pool_max=pool_max, owner_beat_s=0.1, owner_silent_s=0.6),
         rows.acquire() as locking,
     ):
+        await locking.execute("SET idle_in_transaction_session_timeout = '30s'")
         await front.keep(front.busy("w", "first"))
         async with locking.transaction():
             await store.lock(locking, ["w"])
-            for number in range(pool_max + 2):
-                await front.publisher.publish(front.busy("w", str(number)))
+            for _ in range(pool_max + 2):
+                await front.heartbeat("w")
             held = (
                 "SELECT count(*) = $1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = current_user"
             )
-            await until(lambda: _truth(rows, held, pool_max), within_s=8)
+            await until(lambda: _truth(rows, held, pool_max), within_s=4)
             since = await rows.fetchval("SELECT clock_timestamp()")
             beaten = "SELECT count(*) FROM replicas WHERE beat_at > $1::timestamptz + interval '1 s'"
             await until(lambda: _truth(rows, beaten, since), within_s=5)
