@@ -249,7 +249,7 @@ def route(arrival: Arrival) -> Verdict | Ask:
         or _ask_or_refuse(arrival)
         or _keep_by_wish(arrival)
         or _keep_by_state(arrival)
-        or Forward(stale_copy=_is_stale(arrival))
+        or Forward(stale_copy=is_stale(arrival.copied_at, arrival.now, arrival.copy_stale_s))
     )
 
 
@@ -341,5 +341,6 @@ def _keep_by_state(arrival: Arrival) -> Keep | None:
     return None
 
 
-def _is_stale(arrival: Arrival) -> bool:
-    return arrival.copied_at is not None and arrival.now - arrival.copied_at > arrival.copy_stale_s
+def is_stale(copied_at: float | None, now: float, copy_stale_s: float) -> bool:
+    """Whether a copy of the backlog is so old that it no longer holds anything back; where there is none, no."""
+    return copied_at is not None and now - copied_at > copy_stale_s

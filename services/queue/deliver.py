@@ -23,7 +23,7 @@ from services.queue.settings import Settings
 from shared.a2a import Envelope, Verb, parse
 from shared.agents import AgentError, Agents, Limits
 from shared.facts import EvidenceKind
-from shared.replies import Answer, Outcome, Verdict, classify
+from shared.replies import Answer, Fault, Outcome, Verdict, classify
 from shared.results import read_result
 from shared.telemetry import log
 
@@ -107,6 +107,8 @@ class Delivery:
     def _ending(self, verdict: Verdict, answer: bytes | None) -> Ending:
         # A Task that was accepted without an id cannot be followed.
         reply = _REPLIES.get(verdict.outcome, "unknown")
+        if reply == "unknown" and verdict.reason == Fault.TOTAL_TIMEOUT:
+            reply = "ceiling"  # we ended it: to send it again would only begin another turn of the longest length
         kept = answer if reply in {"delivered", "refused", "failed_attempt"} else None
         error = None if reply == "delivered" else verdict.text
         return Ending(self.item, reply, kept, error, verdict.retry_after_s, verdict.evidence)

@@ -43,6 +43,8 @@ class Turn:
 
     items: Sequence[Item]
     facts: Sequence[Fact]
+    claimed_at: float
+    """`time.monotonic()` before the claim: from then on the items were ours, if they were."""
 
 
 class Drain:
@@ -120,7 +122,10 @@ class Drain:
         for fact in turn.facts:
             self._publisher.post(fact)
         for item in turn.items:
-            self._start(item)
+            if self._may_be_lost(turn):
+                self.settle(Ending(item, "written_back", error="we stood still between its claim and its delivery"))
+            else:
+                self._start(item)
         return 0 if self._endings or self._ready else self._settings.sweep_s
 
     def _part(self, endings: Sequence[Ending], ready: Sequence[str], *, alone: bool, error: str) -> None:
@@ -139,6 +144,11 @@ class Drain:
         for name in ready:
             log.error("claim_failed", workspace_id=name, error=error)
             self._ready.pop(name, None)
+
+    def _may_be_lost(self, turn: Turn) -> bool:
+        """Whether another replica may have judged us silent since the claim, and have delivered what we would now."""
+        settings = self._settings
+        return time.monotonic() - turn.claimed_at >= settings.owner_silent_s - settings.owner_beat_s
 
     async def _turn(
         self, connection: Connection, endings: Sequence[Ending], ready: Sequence[str], room: int, now: datetime | None
@@ -166,6 +176,7 @@ class Drain:
             if free > 0:
                 spare[name] = free
                 room -= free
+        claimed_at = time.monotonic()
         items = await store.claim(connection, spare, after, self._settings.replica_id, now)
         for item in items:
             after[item.workspace_id] = decide.begin(after[item.workspace_id], 1)
@@ -185,7 +196,7 @@ class Drain:
             )
             for item in items
         ]
-        return Turn(items, [*begun, *backlogs])
+        return Turn(items, [*begun, *backlogs], claimed_at)
 
     def _settled(self, ending: Ending, workspace: Workspace, *, canceled: bool) -> Settled:
         item = ending.item

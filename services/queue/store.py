@@ -266,7 +266,8 @@ async def requeue(connection: Connection, settled: Sequence[Settled]) -> dict[UU
     rows = [
         (
             each.item.queue_id, each.item.delivery_no, each.fate.attempts, each.fate.deaths,
-            each.wait_s if each.fate.row_wait else 0.0,  # busy closes the workspace, and its row keeps its place
+            # Where the workspace waits its row does not: a beat that opens it must find the same one first.
+            each.wait_s if each.fate.row_wait else 0.0,
             each.fate.reason, each.error,
         )
         for each in settled

@@ -8,10 +8,13 @@ from collections.abc import AsyncIterator
 from itertools import pairwise
 from uuid import UUID
 
+import asyncpg
 import pytest
+from uuid_utils.compat import uuid7
 
 from shared.database import Pool, open_pool
-from tests.conftest import Stack
+from tests.conftest import Stack, until
+from tests.integration.queue_kit import agent, door, queue_service
 from tests.integration.rows_kit import claim, enqueue, finished, message, settle
 
 
@@ -111,3 +114,37 @@ async def test_drainers_never_deliver_twice_or_out_of_order_or_over_capacity(row
     for name in names:
         assert len(set(begun[name])) == len(begun[name]) == 60
         assert all(first < second for first, second in pairwise(begun[name]))
+
+
+async def test_a_replica_that_stood_still_after_its_claim_sends_nothing(
+    stack: Stack, rows: Pool, admin: asyncpg.Connection[asyncpg.Record]
+) -> None:
+    """B-02, B-03: its claim's commit takes longer than its silence may: another replica may have delivered the item."""
+    await admin.execute(
+        """CREATE FUNCTION queue.stand_still() RETURNS trigger LANGUAGE plpgsql
+           AS 'BEGIN PERFORM pg_sleep(0.6); RETURN NULL; END';
+           CREATE CONSTRAINT TRIGGER stand_still AFTER UPDATE ON queue.a2a_queue DEFERRABLE INITIALLY DEFERRED
+           FOR EACH ROW WHEN (NEW.status = 'dispatched') EXECUTE FUNCTION queue.stand_still()"""
+    )
+    name = f"w-{uuid7().hex[-8:]}"
+    async with (
+        door(stack) as front,
+        queue_service(stack, owner_silent_s=0.4, owner_beat_s=0.1, sweep_s=0.5),
+        agent(name) as worker,
+    ):
+        try:
+            await front.register(name, worker.url)
+            fact = front.busy(name, "x")
+            await front.keep(fact)
+
+            async def claimed_again() -> bool:
+                query = "SELECT delivery_no FROM a2a_queue WHERE queue_id = $1"
+                return int(await rows.fetchval(query, fact.queue_id)) >= 3
+
+            await until(claimed_again)
+            assert not worker.received
+        finally:
+            await admin.execute("DROP FUNCTION queue.stand_still() CASCADE")
+        (item,) = await front.ended(fact.queue_id)
+        assert (item["status"], item["attempts"]) == ("completed", 0)
+        assert len(worker.received) == 1

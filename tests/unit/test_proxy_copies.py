@@ -190,6 +190,19 @@ async def test_a_keep_of_which_nothing_is_heard_does_not_stick(after_s: float, p
     assert keeps.pending("w") == pending
 
 
+@pytest.mark.parametrize(("after_s", "pending"), [(9.9, 1), (10.0, 1), (10.1, 0)])
+async def test_a_keep_from_an_absence_of_the_queue_service_counts_until_that_has_had_time_to_read(
+    after_s: float, pending: int
+) -> None:
+    copies, mine = Copies("me"), keep(1)
+    handlers = Handlers(copies, unread=lambda: None)
+    copies.keeps.promise(mine)
+    for seconds in (0, 30, 35, 30 + after_s):  # away from 0 to 30
+        await handlers.snapshots([snapshot(seconds)])
+    assert copies.keeps.pending("w") == pending
+    assert (copies.keeps.find(mine.queue_id) is None) == (pending == 0), "GET /queue answers for it meanwhile"
+
+
 @pytest.mark.parametrize("status", [status for status in ItemStatus if status is not ItemStatus.QUEUED])
 async def test_an_item_that_left_the_line_no_longer_counts(status: ItemStatus) -> None:
     keeps, mine = Keeps(), keep()
@@ -386,6 +399,20 @@ def test_a_delivery_that_a_newer_backlog_no_longer_names_has_ended() -> None:
         copies.backlogs.hear(fact)
         handlers._shown("w")
         assert use.in_use(T0 + 3) == expected
+
+
+@pytest.mark.parametrize(("active", "expected"), [(0, 0), (1, 1)], ids=["its beats say idle", "its beats say busy"])
+def test_of_a_delivery_in_a_stale_copy_only_the_agent_s_own_beats_tell(active: int, expected: int) -> None:
+    copies = Copies("me")
+    use = copies.uses.of("w")
+    running = Running(session_id="q:1", key_hash=b"k" * 32, started_at=at(1))
+    copies.backlogs.hear(
+        WorkspaceBacklog(workspace_id="w", rev=1, occurred_at=at(1), waiting=0, in_use=1, running=[running])
+    )
+    Handlers(copies, unread=lambda: None)._shown("w")
+    use.hear_heartbeat(heartbeat(3, active))
+    assert use.in_use(T0 + 4) == 1
+    assert use.in_use(T0 + 4, copy_is_stale=True) == expected
 
 
 def test_a_beat_names_what_runs_and_what_ended_lately_under_growing_numbers() -> None:

@@ -104,7 +104,7 @@ class Questions:
             return Found(200, json.dumps(promised).encode())
         if found is None:
             return AWAY
-        return await self.why_not(queue_id)
+        return await self.why_not(queue_id, caller)
 
     async def knows(self, message: Message) -> bool:
         """Whether its id or its explicit key stands for an item of its caller; no, where the queue does not say."""
@@ -169,13 +169,23 @@ class Questions:
             "answer_url": None,
         }
 
-    async def why_not(self, queue_id: UUID) -> Refuse:
-        """Why the queue does not show this id to this caller: it is nobody's, another's, or too new to be there."""
-        age_s = datetime.now(UTC).timestamp() - (queue_id.int >> 80) / 1000
-        if age_s > self._settings.not_yet_visible_s:
-            return NOBODYS
+    async def why_not(self, queue_id: UUID, caller: Caller) -> Refuse:
+        """Why the queue does not show this id to this caller: it is nobody's, another's, or too new to be there.
+
+        It may have been read since it was asked for, and its promise been forgotten for that: then it is not nobody's.
+        """
         there = await self.ask("item", queue_id=queue_id, caller_hash=None)
-        return NOBODYS if there is not None and there.status == 200 else NOT_YET  # noqa: PLR2004
+        if there is None:
+            return NOT_YET
+        if there.status == 200:  # noqa: PLR2004
+            shown = (
+                there if caller.is_operator else await self.ask("item", queue_id=queue_id, caller_hash=scope(caller))
+            )
+            return NOT_YET if shown is None or shown.status == 200 else NOBODYS  # noqa: PLR2004
+        # While the queue service is away nothing is read: that time makes no id old.
+        known_since = max((queue_id.int >> 80) / 1000, self._copies.backlogs.unbroken_since)
+        age_s = datetime.now(UTC).timestamp() - known_since
+        return NOBODYS if age_s > self._settings.not_yet_visible_s else NOT_YET
 
 
 def scope(caller: Caller) -> bytes | None:

@@ -8,7 +8,7 @@ from services.proxy.api.finding import presence
 from services.proxy.api.message import Message, Wish
 from services.proxy.api.wire import Request
 from services.proxy.copies import Copies
-from services.proxy.decide import Arrival, Head, InFlight, Share, Standing, Workspace
+from services.proxy.decide import Arrival, Head, InFlight, Share, Standing, Workspace, is_stale
 from services.proxy.settings import Settings
 
 
@@ -34,6 +34,8 @@ class Situation:
         if message.has_key:
             in_flight = copies.flights.look(key, message.envelope.method, message.body_hash)
         status = copies.registry.status(workspace)
+        copied_at = copies.backlogs.copied_at(workspace_id)
+        copy_is_stale = is_stale(copied_at, now, self._settings.copy_stale_s)
         own_not_before = message.not_before.timestamp() if message.not_before else None
         return Arrival(
             head=head,
@@ -49,14 +51,14 @@ class Situation:
             queue_first=workspace.settings.get("admission") == "queue_first",
             share=self._share(message, workspace, view.waiting + pending),
             backlog=view.waiting + pending,
-            copied_at=copies.backlogs.copied_at(workspace_id),
+            copied_at=copied_at,
             copy_stale_s=self._settings.copy_stale_s,
             paused=workspace.paused or workspace.desired == "stopped",
             status=status.status if status else None,
             gate_closed=view.gate_closed,
             has_url=bool(workspace.url),
             not_before=max(filter(None, (view.not_before, own_not_before)), default=None),
-            in_use=use.in_use(now),
+            in_use=use.in_use(now, copy_is_stale=copy_is_stale),
             in_use_max=use.max_concurrent or workspace.max_concurrent,
             now=now,
         )

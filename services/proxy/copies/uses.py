@@ -78,9 +78,13 @@ class Use:
     ended_since: int = 0
     delivering_since: int = 0
 
-    def in_use(self, now: float) -> int:
-        """Tasks that the agent has in hand, as far as this replica knows."""
-        running = len(self.own) + len(self.deliveries)
+    def in_use(self, now: float, *, copy_is_stale: bool = False) -> int:
+        """Tasks that the agent has in hand, as far as this replica knows.
+
+        `copy_is_stale`: the queue service has long said nothing. Its last word that a delivery runs would hold an agent
+        busy until it is back; whether that one is idle its own beats say.
+        """
+        running = len(self.own) + (0 if copy_is_stale else len(self.deliveries))
         started = self.started_since + self.delivering_since
         ended = self.ended_since
         for peer in self.peers.values():
