@@ -12,10 +12,11 @@ from uuid import uuid4
 import pytest
 
 from bide_agent.agent import Agent
+from deploy.local.servers import Servers
 from shared import topology
 from shared.facts import MessageBusy
 from tests.chaos.conftest import LONG, away_s
-from tests.chaos.kit.broker import operator, refusal, well
+from tests.chaos.kit.broker import more_runs, operator, outage, refusal, unwell, well
 from tests.chaos.kit.processes import Process, Ring, ring
 from tests.chaos.kit.storm import Storm, storm
 from tests.conftest import Stack, until
@@ -89,9 +90,9 @@ async def test_a_silent_network_is_noticed_and_survived(faulty: Stack) -> None:
         async with _fault(services, "black hole", "rabbitmq"):
             services["proxy-2"].rabbitmq.hold()
             services["queue-2"].rabbitmq.hold("up")
-            await load.more(20)
+            await more_runs(load, 40)
             await asyncio.sleep(away_s(25))  # the silence itself: RabbitMQ gives a connection up after 20 s of it
-            await load.more(20)
+            await more_runs(load, 40)
             services["proxy-2"].rabbitmq.release()
             services["queue-2"].rabbitmq.release()
         await _books(services, load)
@@ -101,14 +102,17 @@ async def test_a_silent_network_is_noticed_and_survived(faulty: Stack) -> None:
 
 
 async def _told_unknown(services: Ring, caller: Caller, agent: Agent, text: str, key: str) -> str:
-    """Send a message whose confirm does not come back; return the X-Queue-Id that its caller is told."""
+    """Send a message whose confirm does not come back; return the X-Queue-Id that its caller is told.
+
+    Behind another one that waits for its confirm it is refused: it never left, and is sent again.
+    """
     lost = services["proxy-1"].rabbitmq
     async with _fault(services, "confirm lost", "proxy-1"):
         lost.hold("down")
-        reply = await caller.send(agent.workspace, text, key=key, prefer="wait=0")
+        while refusal(reply := await caller.send(agent.workspace, text, key=key, prefer="wait=0")) == "not_kept":
+            pass
         lost.reset()
         lost.release()
-    assert refusal(reply) == "keep_unknown"
     return reply.headers["x-queue-id"]
 
 
@@ -194,6 +198,24 @@ async def test_a_deleted_queue_is_declared_again_and_read_again(faulty: Stack) -
         asking = load.caller("asking")
         for proxy in range(2):
             await until(lambda proxy=proxy: _is_listed(asking, load.agents[0], proxy))  # type: ignore[misc]
+
+
+@pytest.mark.timeout(300)
+async def test_a_broker_that_lost_all_its_data_is_filled_again(faulty: Stack, own_servers: Servers) -> None:
+    """B-26: the vhost is gone and comes back empty; every process declares what it needs, and none is restarted."""
+    broker = own_servers.rabbitmq
+    name = faulty.amqp_url.rpartition("/")[2]
+    async with ring(faulty, *RING) as services, storm(services, agents=4) as load:
+        load.begin(load.agents)
+        await load.more(10)
+        account = await load.account()
+        account.check()
+        async with outage(services, "lost data", lambda: broker.control(["delete_vhost", name]), lambda: None):
+            await unwell(services)
+            await asyncio.to_thread(broker.vhost, name)
+        await well(services)
+        load.begin(load.agents)
+        await _books(services, load)
 
 
 def _shared(fact: type[MessageBusy]) -> str:

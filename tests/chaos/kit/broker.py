@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import aio_pika
 from aio_pika.abc import AbstractChannel
 
 from bide_agent.agent import Agent
+from deploy.local.services import probe_ready
 from shared.agents import AgentError
-from tests.chaos.kit.processes import Ring
+from tests.chaos.kit.processes import Process, Ring
 from tests.chaos.kit.storm import Storm
 from tests.conftest import Stack, until
 from tests.e2e.conftest import Reply
@@ -101,6 +103,16 @@ def refusal(reply: Reply) -> str:
     return code
 
 
+async def more_runs(load: Storm, count: int) -> None:
+    """Come back when so many more messages have reached an agent, forwarded or delivered."""
+    goal = load.runs() + count
+
+    async def enough() -> bool:
+        return load.runs() >= goal
+
+    await until(enough, within_s=60)
+
+
 @asynccontextmanager
 async def operator(stack: Stack) -> AsyncIterator[AbstractChannel]:
     """A channel of somebody who looks after this vhost, past every link."""
@@ -118,6 +130,20 @@ async def depth(stack: Stack, queue: str) -> int:
 async def well(services: Ring) -> None:
     """Come back when every process says that it is ready."""
     await asyncio.gather(*(process.ready() for process in services.processes.values()))
+
+
+async def unwell(services: Ring) -> None:
+    """Come back when every process has noticed that it is not ready."""
+
+    async def is_unwell(process: Process) -> bool:
+        try:
+            await asyncio.to_thread(probe_ready, process.port)
+        except OSError:
+            return True
+        return False
+
+    for process in services.processes.values():
+        await until(partial(is_unwell, process))
 
 
 async def health(load: Storm, path: str, proxy: int = 0) -> tuple[int, dict[str, object]]:
