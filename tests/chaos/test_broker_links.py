@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -14,13 +15,14 @@ import pytest
 from bide_agent.agent import Agent
 from deploy.local.servers import Servers
 from shared import topology
-from shared.facts import MessageBusy
+from shared.facts import MessageBusy, SessionStop
 from tests.chaos.conftest import LONG, away_s
 from tests.chaos.kit.broker import more_runs, operator, outage, refusal, unwell, well
 from tests.chaos.kit.processes import Process, Ring, ring
 from tests.chaos.kit.storm import Storm, storm
 from tests.conftest import Stack, until
 from tests.e2e.conftest import ENDED, Caller, Reply
+from tests.integration.conftest import make_clean, replica, stop, write_effects
 
 RING = ("proxy-1", "proxy-2", "queue-1", "queue-2")
 
@@ -245,3 +247,28 @@ async def _is_listed(caller: Caller, agent: Agent, proxy: int) -> bool:
     """A question to the queue service, which is answered to the proxy's own queue."""
     reply = await caller.call("GET", f"/workspaces/{agent.workspace}/queue", proxy=proxy)
     return reply.status == 200
+
+
+async def test_a_connection_that_breaks_while_a_consumer_comes_back_is_made_again(faulty: Stack) -> None:
+    """B-25, B-26: the driver would wait for itself for ever, as two of some eighty did that lost their vhost."""
+    await make_clean(faulty)
+    async with replica(faulty) as one:
+        one.reader.store(SessionStop, write_effects)
+        await one.reader.start()
+        connection: Any = await one.reader.broker.connect()
+        # The moment itself: a consumer is to come back, and the connection is lost before that has begun.
+        connection.connected.clear()
+        connection._request_recovery()
+
+        async def is_taken_up() -> bool:
+            return not connection._RobustConnection__restore_event.is_set()
+
+        await until(is_taken_up)
+        await connection.transport.connection.close(ConnectionResetError("the node stops"))
+        await one.publisher.publish(stop("after"))
+
+        async def is_read() -> bool:
+            return await one.effects() == ["after"]
+
+        await until(is_read)
+        await one.reader.probe()
