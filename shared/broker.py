@@ -28,6 +28,9 @@ from shared.telemetry import BATCH_FACTS, BUS_CONNECTED, FACTS_PUBLISHED, log
 
 HEARTBEAT_S = 10
 CONNECT_TIMEOUT_S = 5.0
+_LOOK_S = 1.0
+_STUCK_LOOKS = 5
+"""A lost connection is taken up again within 1.5 s; one that still lies there after so many looks will be never."""
 LANE_BYTES_MAX = 64 << 20
 """What may wait in one lane; more is refused at once, so that a slow broker cannot fill the memory."""
 
@@ -230,6 +233,25 @@ async def probe(connection: AbstractRobustConnection) -> None:
 def _retrieve(done: asyncio.Future[None]) -> None:
     if not done.cancelled():
         done.exception()
+
+
+async def unstick(connection: AbstractRobustConnection) -> None:
+    """Free the driver where it waits for itself, as long as this runs.
+
+    While aio-pika 10.2.1 brings cancelled consumers back it waits for `connected`, which only its own next attempt
+    would set: a connection that breaks just then, as when a broker's node stops, is never made again. Once that is set,
+    the closed channel is noticed, and it connects.
+    """
+    looks = 0
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        transport = connection.transport
+        lost = transport is not None and transport.connection.is_closed and not connection.connected.is_set()
+        looks = looks + 1 if lost else 0
+        if looks >= _STUCK_LOOKS:
+            log.warning("reconnect_freed", hint="the driver waited for itself")
+            connection.connected.set()
+            looks = 0
 
 
 def broker_url(settings: SharedSettings, name: str) -> str:

@@ -30,7 +30,7 @@ from faststream.rabbit import (
 
 from shared import topology
 from shared.batches import decode_batch, encode, split
-from shared.broker import CONNECT_TIMEOUT_S, broker_url, probe, reconnect_interval_s
+from shared.broker import CONNECT_TIMEOUT_S, broker_url, probe, reconnect_interval_s, unstick
 from shared.database import Connection, Pool, Trouble, backoff_s, classify, load_queries, transact
 from shared.facts import Fact, FactT, routing_key
 from shared.inbox import Inbox
@@ -79,6 +79,7 @@ class Reader:
         self._inbox = inbox
         self._committed = committed
         self._asides: dict[str, Aside] = {}
+        self._unsticking: asyncio.Task[None] | None = None
         self._exchange = RabbitExchange(topology.EXCHANGE, type=ExchangeType.TOPIC, durable=True)
         self.broker = RabbitBroker(
             broker_url(settings, "reader"),
@@ -112,10 +113,13 @@ class Reader:
 
     async def start(self) -> None:
         await self.broker.start()
+        self._unsticking = asyncio.create_task(unstick(await self.broker.connect()), name="unstick")
         BUS_CONNECTED.labels("reader").set(1)
 
     async def stop(self) -> None:
         """Take nothing new and wait up to `drain_s` for batches in work; the rest is delivered again elsewhere."""
+        if self._unsticking is not None:
+            self._unsticking.cancel()
         try:
             async with asyncio.timeout(self._drain_s + _CLOSE_S):
                 await self.broker.stop()

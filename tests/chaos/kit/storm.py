@@ -136,10 +136,11 @@ class Storm:
         return False
 
     async def end(self) -> None:
-        """Send nothing new; come back when every caller has heard of its last message."""
+        """Send nothing new; come back when every caller has heard of its last message. It may `begin` again."""
         self._enough.set()
         await asyncio.gather(*self._pacing)
         self._pacing.clear()
+        self._enough.clear()
 
     async def account(self, within_s: float = 120.0) -> Account:
         """End the storm, wait for the end of every promise, and close the books."""
