@@ -190,6 +190,15 @@ async def test_a_keep_of_which_nothing_is_heard_does_not_stick(after_s: float, p
     assert keeps.pending("w") == pending
 
 
+async def test_a_promise_of_which_nothing_is_heard_is_still_a_promise() -> None:
+    """B-18: the queue waits for its database longer than a keep counts; GET must not call the id unknown."""
+    keeps, mine = Keeps(), keep()
+    keeps.promise(mine)
+    keeps.covered("w", T0 + 60, waiting=0)
+    assert keeps.pending("w") == 0
+    assert keeps.find(mine.queue_id) is mine
+
+
 @pytest.mark.parametrize("status", [status for status in ItemStatus if status is not ItemStatus.QUEUED])
 async def test_an_item_that_left_the_line_no_longer_counts(status: ItemStatus) -> None:
     keeps, mine = Keeps(), keep()

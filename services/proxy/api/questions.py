@@ -89,15 +89,16 @@ class Questions:
 
     async def item(self, queue_id: UUID, caller: Caller) -> Found | Refuse:
         """One item as 2-http shapes it, also one that was promised here and is not read yet."""
+        # Before the question: what the queue shows while its answer travels is no promise any more, and not yet found.
+        promised = self.promised(queue_id, caller)
         found = await self.ask("item", queue_id=queue_id, caller_hash=scope(caller))
         if found is not None and found.status == 200:  # noqa: PLR2004
             return await self._followed(found, caller)
-        promised = self.promised(queue_id, caller)
         if promised is not None:
             return Found(200, json.dumps(promised).encode())
         if found is None:
             return AWAY
-        return await self.why_not(queue_id)
+        return await self.why_not(queue_id, caller)
 
     async def answer(self, queue_id: UUID, caller: Caller) -> bytes | Refuse:
         """The agent's answer to an item, byte for byte."""
@@ -143,13 +144,17 @@ class Questions:
             "answer_url": None,
         }
 
-    async def why_not(self, queue_id: UUID) -> Refuse:
-        """Why the queue does not show this id to this caller: it is nobody's, another's, or too new to be there."""
+    async def why_not(self, queue_id: UUID, caller: Caller) -> Refuse:
+        """Why the queue did not show this id to this caller: it is nobody's, another's, or too new to be there."""
         age_s = datetime.now(UTC).timestamp() - (queue_id.int >> 80) / 1000
         if age_s > self._settings.not_yet_visible_s:
             return NOBODYS
         there = await self.ask("item", queue_id=queue_id, caller_hash=None)
-        return NOBODYS if there is not None and there.status == 200 else NOT_YET  # noqa: PLR2004
+        if there is None or there.status != 200 or caller.is_operator:  # noqa: PLR2004
+            return NOT_YET
+        # It is there now: another's, unless it has become visible since the caller's own question.
+        own = await self.ask("item", queue_id=queue_id, caller_hash=caller.caller_hash)
+        return NOT_YET if own is None or own.status == 200 else NOBODYS  # noqa: PLR2004
 
 
 def scope(caller: Caller) -> bytes | None:
