@@ -67,6 +67,8 @@ class Drain:
         self._stopping = False
         self._one_turn = asyncio.Lock()
         self._singly = 0
+        self.turns_begun = 0
+        self.turns_ended = 0
         self.running: dict[tuple[str, int], tuple[Delivery, asyncio.Task[None]]] = {}
         self.loop = Loop("drain", self.run_once)
 
@@ -92,7 +94,11 @@ class Drain:
     async def run_once(self, now: datetime | None = None) -> float:
         """Settle and claim once; return 0 while there is more."""
         async with self._one_turn:
-            return await self._run_once(now)
+            self.turns_begun += 1
+            try:
+                return await self._run_once(now)
+            finally:
+                self.turns_ended += 1
 
     async def _run_once(self, now: datetime | None) -> float:
         most = 1 if self._singly else TURN_ENDINGS_MAX

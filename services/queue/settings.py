@@ -20,7 +20,8 @@ class Settings(SharedSettings):
     snapshot_s: float = Field(default=5.0, gt=0)
     owner_beat_s: float = Field(default=5.0, gt=0)
     owner_silent_s: float = Field(default=20.0, gt=0)
-    """A replica that has not beaten for this long, by the database's clock, has lost its deliveries."""
+    """A replica that has not beaten for this long, by the database's clock, has lost its deliveries. Keep it at three
+    beats or more: whose own beats come further apart than half of it takes nobody's."""
     reread_s: float = Field(default=1.0, gt=0)
     """How often an owner re-reads its own deliveries for a cancel, a stop, or a fence."""
     forward_idle_s: float = Field(default=300.0, gt=0)
