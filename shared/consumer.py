@@ -50,7 +50,7 @@ Hear = Callable[[Sequence[FactT]], Awaitable[None]]
 _SQL = load_queries(Path(__file__).parent / "queries.sql")
 _CLOSE_S = 5.0
 _PREFETCH = 8
-"""Batches in work at once per queue; each holds a connection of the pool while it is written."""
+"""Batches in work at once per queue; each holds a connection of the pool while it is written, half of them at most."""
 
 
 class Reader:
@@ -69,6 +69,8 @@ class Reader:
         self._replica_id = settings.replica_id
         self._drain_s = settings.drain_s
         self._pool = pool
+        # Half of the pool: batches that wait for locks must leave the loops a connection, or nothing is delivered.
+        self._writing = asyncio.Semaphore(settings.database_pool_max // 2)
         self._inbox = inbox
         self._committed = committed
         self._exchange = RabbitExchange(topology.EXCHANGE, type=ExchangeType.TOPIC, durable=True)
@@ -164,7 +166,7 @@ class Reader:
         started = time.perf_counter()
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(fact=route.fact.__name__)
-        batch = _Batch(self._pool, self._inbox, route, handle, message.body)
+        batch = _Batch(self._pool, self._writing, self._inbox, route, handle, message.body)
         if batch.facts or batch.unreadable:
             await batch.write()
             self._committed()
@@ -209,8 +211,17 @@ class _Written:
 class _Batch:
     """One batch on its way into the database: whole if that works, else fact by fact."""
 
-    def __init__(self, pool: Pool, inbox: Inbox, route: Route, handle: Store[FactT], body: bytes) -> None:
+    def __init__(  # noqa: PLR0917 - what the reader has, and what is its own
+        self,
+        pool: Pool,
+        writing: asyncio.Semaphore,
+        inbox: Inbox,
+        route: Route,
+        handle: Store[FactT],
+        body: bytes,
+    ) -> None:
         self._pool = pool
+        self._writing = writing
         self._inbox = inbox
         self._once = route.kind is Kind.QUORUM
         self._name = route.fact.__name__
@@ -225,9 +236,10 @@ class _Batch:
         work = self._whole
         while True:
             try:
-                if self._once:
-                    await self._inbox.prepare(self.facts)
-                written = await transact(self._pool, work)
+                async with self._writing:
+                    if self._once:
+                        await self._inbox.prepare(self.facts)
+                    written = await transact(self._pool, work)
             except Exception as error:  # noqa: BLE001 - classify says what it means, and nothing is swallowed
                 infrastructure = classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT)
                 words = f"{type(error).__name__}: {error}"[:300]
