@@ -139,8 +139,7 @@ class Drain:
         before = await store.lock(connection, names)
         moment = await store.clock(connection, now)
         after = dict(before)
-        rows = await connection.fetch(SQL["canceled_items"], [ending.item.queue_id for ending in endings])
-        canceled = {row["queue_id"] for row in rows}
+        canceled = await store.canceled(connection, [ending.item.queue_id for ending in endings])
         settled = [
             self._settled(ending, before[ending.item.workspace_id], canceled=ending.item.queue_id in canceled)
             for ending in endings
@@ -307,6 +306,8 @@ async def read_backlogs(
 
 
 async def backlogs(connection: Connection, workspaces: Mapping[str, Workspace], now: float) -> dict[str, Backlog]:
+    if not workspaces:
+        return {}  # each question costs its round trip while rows are locked
     running: dict[str, list[Running]] = {name: [] for name in workspaces}
     for row in await connection.fetch(SQL["running_items"], list(workspaces)):
         session = f"{row['queue_id']}:{row['delivery_no']}"
