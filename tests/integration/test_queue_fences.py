@@ -15,13 +15,17 @@ from uuid_utils.compat import uuid7
 
 from services.queue import decide, store
 from services.queue.decide import Item, Reply
-from services.queue.drain import account
+from services.queue.drain import Drain, account, key_of
 from services.queue.handlers import keep
+from services.queue.loops import Loops
 from services.queue.store import SQL, Settled
+from shared.addresses import AddressRules
+from shared.agents import Agents
+from shared.broker import open_publisher
 from shared.database import Connection, Pool, open_pool, transact
 from shared.facts import MessageBusy
 from tests.conftest import Stack
-from tests.integration.queue_kit import digest
+from tests.integration.queue_kit import digest, queue_settings
 
 
 @pytest.fixture
@@ -128,6 +132,23 @@ async def test_two_judges_of_one_lost_row_have_one_effect(rows: Pool) -> None:
     assert sum(effects) == 1
     assert await rows.fetchval("SELECT attempts FROM a2a_queue") == 1
     assert await rows.fetchval("SELECT waiting FROM workspaces") == 1
+
+
+async def test_a_claim_is_not_adopted_while_its_turn_may_still_begin_it(rows: Pool, stack: Stack) -> None:
+    """B-04: the commit is slow to be confirmed, and reread finds the row meanwhile, as often as it likes."""
+    settings = queue_settings(stack)
+    async with open_publisher(settings) as publisher:
+        drain = Drain(settings, rows, publisher, Agents(AddressRules(allow_loopback=True)))
+        loops = Loops(settings, rows, publisher, drain)
+        await enqueue(rows, message("w"))
+        (item,) = await claim(rows, "w", settings.replica_id)
+        drain.turns_begun += 1
+        for _ in range(3):
+            await loops.reread()
+        assert not drain.holds(key_of(item))
+        drain.turns_ended += 1
+        await loops.reread()
+        assert drain.holds(key_of(item))
 
 
 SILENT_S = 20.0
