@@ -54,7 +54,7 @@ letter, and last, because it may lock what handlers lock."""
 _SQL = load_queries(Path(__file__).parent / "queries.sql")
 _CLOSE_S = 5.0
 _PREFETCH = 8
-"""Batches in work at once per queue; each holds a connection of the pool while it is written."""
+"""Batches in work at once per queue; each holds a connection of the pool while it is written, half of them at most."""
 _PREFETCH_ORDERED = 32
 """Batches that may be written as one: an ordered queue is read by one replica, with one transaction at a time."""
 _TOGETHER_BYTES_MAX = 4 << 20
@@ -76,6 +76,8 @@ class Reader:
         self._replica_id = settings.replica_id
         self._drain_s = settings.drain_s
         self._pool = pool
+        # Half of the pool: batches that wait for locks must leave the loops a connection, or nothing is delivered.
+        self._writing = asyncio.Semaphore(settings.database_pool_max // 2)
         self._inbox = inbox
         self._committed = committed
         self._asides: dict[str, Aside] = {}
@@ -188,7 +190,7 @@ class Reader:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(fact=route.fact.__name__)
         aside = self._asides.get(route.queue(self._replica_id))
-        batch = _Batch(self._pool, self._inbox, route, handle, bodies, aside=aside)
+        batch = _Batch(self._pool, self._writing, self._inbox, route, handle, bodies, aside=aside)
         if batch.facts or batch.unreadable:
             await batch.write()
             self._committed()
@@ -275,9 +277,10 @@ class _Written:
 class _Batch:
     """Batches on their way into the database together: whole if that works, else fact by fact."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what the reader has, and what is its own
         self,
         pool: Pool,
+        writing: asyncio.Semaphore,
         inbox: Inbox,
         route: Route,
         handle: Store[FactT],
@@ -286,6 +289,7 @@ class _Batch:
         aside: Aside | None,
     ) -> None:
         self._pool = pool
+        self._writing = writing
         self._inbox = inbox
         self._once = route.kind is Kind.QUORUM
         self._name = route.fact.__name__
@@ -303,9 +307,10 @@ class _Batch:
         work = self._whole
         while True:
             try:
-                if self._once:
-                    await self._inbox.prepare(self.facts)
-                written = await transact(self._pool, work)
+                async with self._writing:
+                    if self._once:
+                        await self._inbox.prepare(self.facts)
+                    written = await transact(self._pool, work)
             except Exception as error:  # noqa: BLE001 - classify says what it means, and nothing is swallowed
                 infrastructure = classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT)
                 words = f"{type(error).__name__}: {error}"[:300]

@@ -70,6 +70,8 @@ class Drain:
         self._stopping = False
         self._one_turn = asyncio.Lock()
         self._singly = 0
+        self.turns_begun = 0
+        self.turns_ended = 0
         self.running: dict[tuple[str, int], tuple[Delivery, asyncio.Task[None]]] = {}
         self.loop = Loop("drain", self.run_once)
 
@@ -95,7 +97,11 @@ class Drain:
     async def run_once(self, now: datetime | None = None) -> float:
         """Settle and claim once; return 0 while there is more."""
         async with self._one_turn:
-            return await self._run_once(now)
+            self.turns_begun += 1
+            try:
+                return await self._run_once(now)
+            finally:
+                self.turns_ended += 1
 
     async def _run_once(self, now: datetime | None) -> float:
         alone = self._singly > 0
@@ -157,8 +163,7 @@ class Drain:
         before = await store.lock(connection, names)
         moment = await store.clock(connection, now)
         after = dict(before)
-        rows = await connection.fetch(SQL["canceled_items"], [ending.item.queue_id for ending in endings])
-        canceled = {row["queue_id"] for row in rows}
+        canceled = await store.canceled(connection, [ending.item.queue_id for ending in endings])
         settled = [
             self._settled(ending, before[ending.item.workspace_id], canceled=ending.item.queue_id in canceled)
             for ending in endings
@@ -334,6 +339,8 @@ async def read_backlogs(
 
 
 async def backlogs(connection: Connection, workspaces: Mapping[str, Workspace], now: float) -> dict[str, Backlog]:
+    if not workspaces:
+        return {}  # each question costs its round trip while rows are locked
     running: dict[str, list[Running]] = {name: [] for name in workspaces}
     for row in await connection.fetch(SQL["running_items"], list(workspaces)):
         session = f"{row['queue_id']}:{row['delivery_no']}"

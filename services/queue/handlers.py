@@ -136,7 +136,7 @@ class Handlers:
         self, connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]
     ) -> list[WorkspaceBacklog]:
         moved = {name: workspace for name, workspace in after.items() if workspace != before[name]}
-        return await read_backlogs(connection, moved, await store.clock(connection, None))
+        return await read_backlogs(connection, moved, await store.clock(connection, None)) if moved else []
 
     def _tell(self, backlogs: Sequence[WorkspaceBacklog], after: Mapping[str, Workspace]) -> None:
         for backlog in backlogs:

@@ -49,7 +49,7 @@ class Loops:
     _snapshot_at: float = float("-inf")
     snapshots: Loop = field(init=False)
     """Woken by whoever needs a snapshot at once."""
-    _orphans: set[tuple[str, int]] = field(default_factory=set)
+    _orphans: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.snapshots = Loop("snapshot", self.snapshot)
@@ -193,13 +193,17 @@ class Loops:
     def _adopt(self, orphans: dict[tuple[str, int], asyncpg.Record]) -> None:
         """Write back rows that are ours and that nobody here delivers: a claim whose commit was never confirmed.
 
-        Seen at two rereads in a row, for a turn may be about to begin them.
+        Seen at two rereads in a row, and the turn that was under way at the first has ended: it may be about to begin
+        them, when Postgres was slow to confirm its commit.
         """
-        for key in orphans.keys() & self._orphans:
+        seen = {key: self._orphans.get(key, self.drain.turns_begun) for key in orphans}
+        for key in orphans.keys() & self._orphans.keys():
+            if self.drain.turns_ended < seen[key]:
+                continue
             log.warning("delivery_adopted", queue_id=key[0], delivery_no=key[1])
             item = store.item_of(orphans[key])
             self.drain.settle(Ending(item, "written_back", error="its claim was never confirmed to us"))
-        self._orphans = set(orphans)
+        self._orphans = seen
 
     async def snapshot(self) -> float:
         """Tell every backlog, also when there is none: whoever is left out has nothing waiting or running."""

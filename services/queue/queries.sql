@@ -199,20 +199,24 @@ WHERE q.owner = $1 AND q.status = 'dispatched'
 SELECT queue_id FROM a2a_queue WHERE queue_id = ANY($1::uuid[]) AND cancel_at IS NOT NULL
 
 -- name: beat_replica
+-- A gap of half of what an owner may be silent breaks the judge's own line already: what held its beats back held the
+-- owner's back for longer, by a beat and by how much later it came through.
 INSERT INTO replicas (replica_id) VALUES ($1)
 ON CONFLICT (replica_id) DO UPDATE SET beat_at = clock_timestamp(),
-  unbroken_since = CASE WHEN replicas.beat_at < clock_timestamp() - make_interval(secs => $2)
+  unbroken_since = CASE WHEN replicas.beat_at < clock_timestamp() - make_interval(secs => $2 / 2)
                         THEN clock_timestamp() ELSE replicas.unbroken_since END
 RETURNING clock_timestamp() - unbroken_since >= make_interval(secs => $2) AS may_judge
 
 -- name: lost_items
--- Rows whose owner is silent, or has no row at all. Only for a replica that may judge. Keyset, so that a page of rows
--- that cannot be written hides nobody (B-08).
+-- Rows whose owner is silent, or has no row at all. Only for a replica that may judge, and only up to its own last beat:
+-- Postgres may have stood still since. A claim is a sign of life too: who comes back may claim before it beats. Keyset,
+-- so that a page of rows that cannot be written hides nobody (B-08).
 SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
        q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
 FROM a2a_queue q LEFT JOIN replicas r ON r.replica_id = q.owner
-WHERE q.status = 'dispatched' AND q.owner <> $1
-  AND (r.replica_id IS NULL OR r.beat_at < coalesce($3, clock_timestamp()) - make_interval(secs => $2))
+CROSS JOIN (SELECT coalesce($3, beat_at) - make_interval(secs => $2) AS since FROM replicas WHERE replica_id = $1) silent
+WHERE q.status = 'dispatched' AND q.owner <> $1 AND q.dispatched_at < silent.since
+  AND (r.replica_id IS NULL OR r.beat_at < silent.since)
   AND ($4::uuid IS NULL OR q.queue_id > $4)
 ORDER BY q.queue_id LIMIT $5
 

@@ -240,6 +240,12 @@ def _item(row: asyncpg.Record, workspace: Workspace) -> Item:
     )
 
 
+async def canceled(connection: Connection, queue_ids: Sequence[UUID]) -> set[UUID]:
+    """Those that somebody wants canceled."""
+    rows = await connection.fetch(SQL["canceled_items"], queue_ids) if queue_ids else []
+    return {row["queue_id"] for row in rows}
+
+
 async def finish(connection: Connection, settled: Sequence[Settled]) -> dict[UUID, Ended]:
     """End items, fenced; return those that really ended."""
     rows = [

@@ -12,9 +12,16 @@ import asyncpg
 import pytest
 from uuid_utils.compat import uuid7
 
+from services.queue import store
+from services.queue.drain import Drain, key_of
+from services.queue.loops import Loops
+from services.queue.store import SQL
+from shared.addresses import AddressRules
+from shared.agents import Agents
+from shared.broker import open_publisher
 from shared.database import Pool, open_pool
 from tests.conftest import Stack, until
-from tests.integration.queue_kit import agent, door, queue_service
+from tests.integration.queue_kit import agent, door, queue_service, queue_settings
 from tests.integration.rows_kit import claim, enqueue, finished, message, settle
 
 
@@ -56,6 +63,70 @@ async def test_two_judges_of_one_lost_row_have_one_effect(rows: Pool) -> None:
     assert sum(effects) == 1
     assert await rows.fetchval("SELECT attempts FROM a2a_queue") == 1
     assert await rows.fetchval("SELECT waiting FROM workspaces") == 1
+
+
+async def test_a_claim_is_not_adopted_while_its_turn_may_still_begin_it(rows: Pool, stack: Stack) -> None:
+    """B-04: the commit is slow to be confirmed, and reread finds the row meanwhile, as often as it likes."""
+    settings = queue_settings(stack)
+    async with open_publisher(settings) as publisher:
+        drain = Drain(settings, rows, publisher, Agents(AddressRules(allow_loopback=True)))
+        loops = Loops(settings, rows, rows, publisher, drain)
+        await enqueue(rows, message("w"))
+        (item,) = await claim(rows, "w", settings.replica_id)
+        drain.turns_begun += 1
+        for _ in range(3):
+            await loops.reread()
+        assert not drain.holds(key_of(item))
+        drain.turns_ended += 1
+        await loops.reread()
+        assert drain.holds(key_of(item))
+
+
+SILENT_S = 20.0
+
+
+async def seen(pool: Pool, replica: str, *, beat_s: float, unbroken_s: float = 100.0) -> None:
+    """A replica that beat last `beat_s` ago, after `unbroken_s` without a break."""
+    await pool.execute(
+        """INSERT INTO replicas (replica_id, beat_at, unbroken_since)
+           VALUES ($1, now() - make_interval(secs => $2), now() - make_interval(secs => $2 + $3))""",
+        replica, beat_s, unbroken_s,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gap_s", "may_judge"), [(5.0, True), (9.0, True), (11.0, False), (19.0, False), (40.0, False)]
+)
+async def test_a_judge_whose_own_beats_were_held_back_judges_nobody(rows: Pool, gap_s: float, may_judge: bool) -> None:
+    """B-07, B-18: an outage a little shorter than the silence would otherwise take every sibling's deliveries."""
+    await seen(rows, "judge", beat_s=gap_s)
+    assert await rows.fetchval(SQL["beat_replica"], "judge", SILENT_S) is may_judge
+
+
+@pytest.mark.parametrize(
+    ("judge_s", "owner_s", "claimed_s", "lost"),
+    [
+        (0.0, 19.0, 60.0, 0),
+        (0.0, 21.0, 60.0, 1),
+        (30.0, 35.0, 60.0, 0),  # Postgres stood still between the judge's beat and its look
+        (30.0, 51.0, 60.0, 1),
+        (0.0, 90.0, 1.0, 0),  # it is back, and has claimed before it could beat
+        (0.0, None, 1.0, 0),
+        (0.0, None, 60.0, 1),
+    ],
+)
+async def test_an_owner_is_lost_by_its_silence_up_to_the_judges_last_beat(
+    rows: Pool, judge_s: float, owner_s: float | None, claimed_s: float, lost: int
+) -> None:
+    """B-04, B-07: neither a frozen Postgres nor a claim before the first beat makes a living owner a dead one."""
+    await enqueue(rows, message("w"))
+    await claim(rows, "w", "owner")
+    await rows.execute("UPDATE a2a_queue SET dispatched_at = now() - make_interval(secs => $1)", claimed_s)
+    await seen(rows, "judge", beat_s=judge_s)
+    if owner_s is not None:
+        await seen(rows, "owner", beat_s=owner_s)
+    async with rows.acquire() as connection:
+        assert len(await store.find_lost(connection, "judge", SILENT_S, None, after=None, most=500)) == lost
 
 
 async def test_a_key_whose_item_ends_in_between_is_never_lost(rows: Pool) -> None:

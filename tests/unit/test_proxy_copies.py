@@ -200,7 +200,16 @@ async def test_a_keep_from_an_absence_of_the_queue_service_counts_until_that_has
     for seconds in (0, 30, 35, 30 + after_s):  # away from 0 to 30
         await handlers.snapshots([snapshot(seconds)])
     assert copies.keeps.pending("w") == pending
-    assert (copies.keeps.find(mine.queue_id) is None) == (pending == 0), "GET /queue answers for it meanwhile"
+    assert copies.keeps.find(mine.queue_id) is mine, "GET /queue answers for it meanwhile"
+
+
+async def test_a_promise_of_which_nothing_is_heard_is_still_a_promise() -> None:
+    """B-18: the queue waits for its database longer than a keep counts; GET must not call the id unknown."""
+    keeps, mine = Keeps(), keep()
+    keeps.promise(mine)
+    keeps.covered("w", T0 + 60, waiting=0)
+    assert keeps.pending("w") == 0
+    assert keeps.find(mine.queue_id) is mine
 
 
 @pytest.mark.parametrize("status", [status for status in ItemStatus if status is not ItemStatus.QUEUED])

@@ -94,12 +94,13 @@ class Questions:
 
     async def item(self, queue_id: UUID, caller: Caller) -> Found | Refuse:
         """One item as 2-http shapes it, also one that was promised here and is not read yet."""
+        # Before the question: what the queue shows while its answer travels is no promise any more, and not yet found.
+        promised = self.promised(queue_id, caller)
         found = await self.ask("item", queue_id=queue_id, caller_hash=scope(caller))
         if found is not None and found.status == 200:  # noqa: PLR2004
             found = await self._followed(found, caller)
             self._tell_owner(found.read(), caller)
             return found
-        promised = self.promised(queue_id, caller)
         if promised is not None:
             return Found(200, json.dumps(promised).encode())
         if found is None:

@@ -137,11 +137,8 @@ class Keeps:
         for keep in list(pending.values()) if pending else ():
             known = keep.shown_at is not None and copied_at >= keep.shown_at
             if known or copied_at > max(keep.promised_at, unbroken_since) + _LOST_S:
+                # It stays promised: the queue may still wait for its database, and a GET must not say "unknown".
                 self._drop_pending(workspace_id, keep.queue_id)
-                if (
-                    keep.shown_at is None
-                ):  # nobody ever heard of it: what was promised was not kept, and GET asks the queue
-                    self._promised.pop(keep.queue_id, None)
         if waiting == 0 and not self.pending(workspace_id):
             # Nothing waits there at all: whatever was not heard to end has ended.
             self._held.pop(workspace_id, None)

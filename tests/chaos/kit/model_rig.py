@@ -213,7 +213,9 @@ class Rig:
     async def read(self, kind: type[FactT], handle: Store[FactT], facts: Sequence[FactT]) -> None:
         """Facts come in as one batch of the bus."""
         route = topology.route(kind, "queue")
-        await _Batch(self.pool, self.inbox, route, handle, [encode_batch(map(encode, facts))], aside=None).write()
+        await _Batch(
+            self.pool, asyncio.Semaphore(), self.inbox, route, handle, [encode_batch(map(encode, facts))], aside=None
+        ).write()
 
     async def turn(self, replica: Replica, now: float, *, confirmed: bool = True) -> None:
         """One turn; if it is not confirmed, it has committed and the replica does not know."""
