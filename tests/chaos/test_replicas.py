@@ -36,7 +36,7 @@ async def test_a_queue_replica_that_was_frozen_completes_at_most_what_waits_agai
         await load.more(20)
         assert not any(_has_ended(agent, 0) for agent in (waits, again)), "too slow: it must freeze within the turns"
         await services["queue-1"].freeze()
-        again.behave(work_s=60.0)
+        again.behave(work_s=away_s(30) + 30)
         await asyncio.sleep(away_s(30))  # the fault itself
         for agent in (waits, again):
             await agent.until(lambda agent=agent: _has_ended(agent, 0), within_s=60)  # type: ignore[misc]
