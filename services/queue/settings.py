@@ -26,8 +26,10 @@ class Settings(SharedSettings):
     """The least time between two snapshots, however many proxies ask for one."""
     owner_beat_s: float = Field(default=5.0, gt=0)
     owner_silent_s: float = Field(default=20.0, gt=0)
-    """A replica that has not beaten for this long, by the database's clock, has lost its deliveries. One whose own beats
-    come further apart than half of it takes nobody's."""
+    """A replica that has not beaten for this long, by the database's clock, has lost its deliveries.
+
+    Whose own beats come further apart than half of it takes nobody's.
+    """
 
     @field_validator("owner_silent_s")
     @classmethod

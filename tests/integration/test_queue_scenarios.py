@@ -466,7 +466,8 @@ async def test_a_replica_whose_clock_is_wrong_judges_and_delivers_like_the_other
     await lose(rows, "w", 2)
     await rows.execute(
         """INSERT INTO replicas (replica_id, beat_at) VALUES ('gone', now() - interval '21 s'), ('here', now());
-           UPDATE a2a_queue SET owner = 'here' WHERE rank_ms = 1"""
+           UPDATE a2a_queue SET owner = 'here' WHERE rank_ms = 1;
+           UPDATE a2a_queue SET dispatched_at = now() - interval '1 min'"""
     )
     async with rescuer(stack, rows) as (looking, drain):
         await looking.beat(datetime.now(UTC))
