@@ -97,7 +97,7 @@ class Questions:
             return Found(200, json.dumps(promised).encode())
         if found is None:
             return AWAY
-        return await self.why_not(queue_id)
+        return await self.why_not(queue_id, caller)
 
     async def answer(self, queue_id: UUID, caller: Caller) -> bytes | Refuse:
         """The agent's answer to an item, byte for byte."""
@@ -143,13 +143,17 @@ class Questions:
             "answer_url": None,
         }
 
-    async def why_not(self, queue_id: UUID) -> Refuse:
-        """Why the queue does not show this id to this caller: it is nobody's, another's, or too new to be there."""
+    async def why_not(self, queue_id: UUID, caller: Caller) -> Refuse:
+        """Why the queue did not show this id to this caller: it is nobody's, another's, or too new to be there."""
         age_s = datetime.now(UTC).timestamp() - (queue_id.int >> 80) / 1000
         if age_s > self._settings.not_yet_visible_s:
             return NOBODYS
         there = await self.ask("item", queue_id=queue_id, caller_hash=None)
-        return NOBODYS if there is not None and there.status == 200 else NOT_YET  # noqa: PLR2004
+        if there is None or there.status != 200:  # noqa: PLR2004
+            return NOT_YET
+        # It may have been read since the caller was told no: it is another's only if the caller still does not see it.
+        seen = await self.ask("item", queue_id=queue_id, caller_hash=scope(caller))
+        return NOBODYS if seen is not None and seen.status == 404 else NOT_YET  # noqa: PLR2004
 
 
 def scope(caller: Caller) -> bytes | None:

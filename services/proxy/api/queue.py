@@ -44,7 +44,7 @@ class Queue:
             raise Refused(AWAY)
         if found.status == 404:  # noqa: PLR2004
             promised = self._questions.promised(wanted, caller) is not None
-            raise Refused(NOT_YET if promised else await self._questions.why_not(wanted))
+            raise Refused(NOT_YET if promised else await self._questions.why_not(wanted, caller))
         return _passed(found)
 
     async def list(self, request: Request, workspace_id: str) -> Response:
