@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
+from uuid import UUID
 
 import aio_pika
 import pytest
@@ -14,9 +15,11 @@ from prometheus_client import REGISTRY
 from uuid_utils.compat import uuid7
 
 from bide_agent.agent import Agent
+from services.proxy.api.identity import Caller
+from services.proxy.api.questions import Questions
 from shared import topology
 from tests.conftest import Stack, until
-from tests.integration.proxy_kit import Proxy, empty, fresh, message, proxy
+from tests.integration.proxy_kit import Proxy, empty, fresh, message, proxy, proxy_settings
 from tests.integration.queue_kit import agent, queue_service
 
 
@@ -327,6 +330,28 @@ async def test_an_id_that_another_replica_promised_is_not_yet_visible(stack: Sta
         reply = await two.call("GET", f"/queue/{young}")
         assert (reply.status, reply.json()["code"]) == (503, "not_yet_visible")
         assert int(reply.headers["retry-after"]) > 0
+
+
+async def test_an_item_that_is_read_between_two_questions_is_not_denied_to_its_owner(stack: Stack) -> None:
+    """A-Q-12: told no, then asked why not, and by then it is there: come again. A stranger's it is not."""
+    await empty(stack)
+    await purge(stack)
+    async with proxy(stack) as one, queue_service(stack):
+        await one.ready()
+        name = fresh()
+        await one.register(name)
+        queue_id = UUID((await one.say(name)).json()["queue_id"])
+        settings = proxy_settings(stack, replica_id=one.service.settings.replica_id)
+        questions = Questions(settings, one.copies, one.service.publisher)
+
+        async def is_read() -> bool:
+            found = await questions.ask("item", queue_id=queue_id, caller_hash=None)
+            return found is not None and found.status == 200
+
+        await until(is_read)
+        operator = Caller("lead", bytes(32), frozenset({"operator"}))
+        assert (await questions.why_not(queue_id, operator)).code == "not_yet_visible"
+        assert (await questions.why_not(queue_id, Caller("stranger", bytes(32)))).code == "item_unknown"
 
 
 async def test_what_the_broker_refuses_is_not_promised(lonely: Proxy, stack: Stack) -> None:
