@@ -439,9 +439,9 @@ async def test_a_replica_beats_also_while_every_connection_of_its_pool_waits(row
             for _ in range(pool_max + 2):
                 await front.heartbeat("w")
             held = (
-                "SELECT count(*) = $1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = current_user"
+                "SELECT count(*) >= $1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = current_user"
             )
-            await until(lambda: _truth(rows, held, pool_max), within_s=4)
+            await until(lambda: _truth(rows, held, pool_max // 2), within_s=8)  # facts take half of the pool at most
             since = await rows.fetchval("SELECT clock_timestamp()")
             beaten = "SELECT count(*) FROM replicas WHERE beat_at > $1::timestamptz + interval '1 s'"
             await until(lambda: _truth(rows, beaten, since), within_s=5)
