@@ -88,7 +88,8 @@ async def test_two_deliveries_of_one_item_that_end_in_one_turn_are_not_mixed_up(
     for silent, judge in ((stalled, heir), (heir, stalled)):  # the heir takes it, and dies with it
         await rig.silence([silent.name])
         await rig.ripen(judge.name)
-        await judge.loops.beat()
+        async with rig.long_ago([silent.name]):
+            await judge.loops.beat()
         await rig.turn(judge, time.time())
     for said, number in (("busy", 1), ("failed_attempt", 3)):
         await rig.answer(stalled, (str(first.queue_id), number), said)

@@ -405,7 +405,8 @@ class QueueMachine(RuleBasedStateMachine):
     async def _judge(self, replica: Replica, *, ripe: bool) -> None:
         await self.rig.ripen(replica.name) if ripe else await self.rig.silence([replica.name])
         before = set(replica.drain._endings)
-        await replica.loops.beat()
+        async with self.rig.long_ago(self.silent - {replica.name}):
+            await replica.loops.beat()
         self.silent.discard(replica.name)
         lost = {
             (str(item.queue_id), item.delivery_no)

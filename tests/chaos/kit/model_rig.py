@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -250,6 +250,16 @@ class Rig:
         await self.pool.execute(
             "UPDATE replicas SET beat_at = now() - interval '1 minute' WHERE replica_id = ANY($1::text[])", list(names)
         )
+
+    @asynccontextmanager
+    async def long_ago(self, owners: Collection[str]) -> AsyncIterator[None]:
+        """Claims of these are as old as their silence, for the length of the block: a claim is a sign of life too."""
+        query = "SELECT queue_id, dispatched_at FROM a2a_queue WHERE status = 'dispatched' AND owner = ANY($1::text[])"
+        rows = await self.pool.fetch(query, list(owners))
+        update = "UPDATE a2a_queue SET dispatched_at = $2 WHERE queue_id = $1"
+        await self.pool.executemany(update, [(row["queue_id"], moment(0)) for row in rows])
+        yield
+        await self.pool.executemany(update, [tuple(row) for row in rows])
 
     async def ripen(self, name: str) -> None:
         """It has beaten without a break for long enough to judge."""
