@@ -358,6 +358,8 @@ def test_an_old_beat_and_one_of_an_older_life_change_nothing() -> None:
     assert use.in_use(T0 + 5) == 1
     use.renew(3)
     assert use.in_use(T0 + 5) == 0, "what the last life said of itself is void"
+    use.hear_heartbeat(heartbeat(1, 1, incarnation=3))
+    assert use.in_use(T0 + 5) == 1, "the first beat of a new life is heard, whatever the clocks say"
 
 
 @pytest.mark.parametrize(("age_s", "expected"), [(64.9, 1), (65.0, 1), (65.1, 0)])
@@ -390,8 +392,9 @@ def test_a_peer_s_forward_that_ended_lets_the_agent_go() -> None:
     ended = Ended(session_id="x", outcome="answered", started_at=at(-5), ended_at=at(1))
     use.hear_peer(peer(1, 1, ended=(ended,)))
     assert use.in_use(T0 + 1) == 0
-    use.hear_peer(peer(2, 2))
-    assert not use.peers
+    use.hear_peer(peer(3, 2))
+    use.hear_peer(peer(2, 2, "y"))
+    assert use.in_use(T0 + 2) == 1, "what is older changes nothing, also after an empty one"
 
 
 def test_a_delivery_that_a_newer_backlog_no_longer_names_has_ended() -> None:

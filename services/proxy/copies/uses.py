@@ -17,6 +17,8 @@ from shared.capacity import FORWARDS_FRESH_S, Beat, counts_as_ended, in_use
 from shared.facts import Ended, ProxyBeat, Running, WorkspaceHeartbeat
 
 ENDED_KEEP_S = 60.0
+_PEER_KEEP_S = 4 * FORWARDS_FRESH_S
+"""How long another proxy's last beat is remembered."""
 _IN_FLIGHT_S = 10.0
 """No beat is on its way for longer: an uptime that goes back later than this is the agent's own clock."""
 _ENDED_MAX = 256
@@ -109,6 +111,7 @@ class Use:
         """Another life: what the last one said of itself is void."""
         if incarnation > self.incarnation:
             self.incarnation, self.beat, self.max_concurrent, self.uptime_s = incarnation, None, None, None
+            self.beat_rev = 0
 
     def was_overtaken(self, incarnation: int, uptime_s: float | None) -> bool:
         """Whether a beat of the same process that was sampled later has come in a moment ago."""
@@ -117,7 +120,8 @@ class Use:
         return uptime_s < self.uptime_s and time.monotonic() - self.heard_at < _IN_FLIGHT_S
 
     def hear_heartbeat(self, fact: WorkspaceHeartbeat) -> None:
-        if fact.incarnation < self.incarnation or fact.rev <= self.beat_rev:
+        # Within one life: a restarted agent may beat through a proxy whose clock is behind the last one's.
+        if fact.incarnation < self.incarnation or (fact.incarnation == self.incarnation and fact.rev <= self.beat_rev):
             return
         self.incarnation = fact.incarnation
         self.beat_rev = fact.rev
@@ -131,10 +135,11 @@ class Use:
         known = self.peers.get(fact.proxy_id)
         if known is not None and fact.rev <= known.rev:
             return
-        if not fact.forwards and not fact.ended:
-            self.peers.pop(fact.proxy_id, None)
-            return
-        peer = self.peers[fact.proxy_id] = _Peer(fact.rev, fact.occurred_at.timestamp(), fact)
+        # An empty one is kept too, for its rev: an older beat that comes late must not revive what has ended.
+        peer = _Peer(fact.rev, fact.occurred_at.timestamp(), fact)
+        forgotten = peer.at - _PEER_KEEP_S
+        self.peers = {name: each for name, each in self.peers.items() if each.at > forgotten}
+        self.peers[fact.proxy_id] = peer
         self._recount_peer(peer)
 
     def hear_backlog(self, view: View) -> None:

@@ -117,7 +117,7 @@ async def close_books(stack: Stack, services: Ring, load: Storm) -> Account:
     """
     account = await load.account(within_s=150)
     account.check()
-    print(f"out of order {len(account.out_of_order())}, overlaps {account.overlaps()}")
+    assert account.out_of_order() == []
     assert account.duplicates == []
     assert account.overlaps() == 0
     assert await dead_letters(stack) == []
