@@ -15,7 +15,7 @@ from uuid import UUID
 
 import asyncpg
 
-from services.queue.decide import Finish, Forwards, Item, Requeue, Workspace, rank
+from services.queue.decide import Finish, Forwards, Item, Place, Requeue, Workspace, rank
 from shared.database import Connection, load_queries
 from shared.facts import MessageBusy, Priority
 
@@ -33,6 +33,8 @@ class Ended:
     was: str
     rev: int
     dispatched_at: float
+    place: Place | None = None
+    """Where it waits again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +72,27 @@ async def read_active(connection: Connection) -> list[Workspace]:
 
 
 async def save(connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]) -> None:
-    """Write the rows that changed."""
-    changed = [asdict(workspace) for name, workspace in after.items() if workspace != before.get(name)]
+    """Write the rows that changed; `before` is what `lock` gave."""
+    changed = [
+        {**asdict(workspace), "was_rev": before[name].rev}
+        for name, workspace in after.items()
+        if workspace != before[name]
+    ]
     if changed:
         await connection.execute(SQL["save_workspaces"], json.dumps(changed))
 
 
 def _workspace(row: asyncpg.Record) -> Workspace:
-    values = {name: row[name] for name in Workspace.__slots__ if name not in {"forwards", "beat_at", "not_before"}}
+    computed = {"forwards", "beat_at", "not_before", "floor"}
+    values = {name: row[name] for name in Workspace.__slots__ if name not in computed}
     return Workspace(
         **{
             **values,
             "beat_at": row["beat_epoch"],
             "not_before": row["not_before_epoch"],
             "recent_ended": tuple(row["recent_ended"]),
+            # Not believed if whoever wrote the row last did not know of it.
+            "floor": tuple(row["floor"]) if row["floor_rev"] == row["rev"] else (0, 0),
             "forwards": {name: _forwards(value) for name, value in json.loads(row["forwards"]).items()},
         }
     )
@@ -147,6 +156,11 @@ async def _keyed(connection: Connection, query: str, facts: Sequence[MessageBusy
     }
 
 
+def place_of(fact: MessageBusy) -> Place:
+    """Where the item of this message stands in the line."""
+    return (0 if fact.priority is Priority.CRITICAL else 1, rank(fact.queue_id, fact.fact_id))
+
+
 async def insert(
     connection: Connection, facts: Sequence[MessageBusy], workspaces: Mapping[str, Workspace]
 ) -> set[UUID]:
@@ -156,7 +170,7 @@ async def insert(
     rows = (
         (
             fact.queue_id, fact.workspace_id, fact.caller_id, fact.caller_hash, fact.key_hash, fact.body_hash,
-            PRIORITIES[fact.priority], rank(fact.queue_id, fact.fact_id),
+            PRIORITIES[fact.priority], *place_of(fact),
             fact.method, fact.body, fact.reason, fact.context_id, fact.hops,
             fact.not_before, fact.expires_at, workspaces[fact.workspace_id].give_up_after_s,
         )
@@ -192,14 +206,30 @@ async def claim(
     workspaces: Mapping[str, Workspace],
     owner: str,
     now: datetime | None,
-) -> list[Item]:
-    """Claim up to `spare` items of each workspace, in order. The caller holds the workspaces' locks."""
+) -> tuple[list[Item], dict[str, Place]]:
+    """Claim up to `spare` items of each workspace, in order; say too where the line of each begins.
+
+    The caller holds the workspaces' locks.
+    """
     if not spare:
-        return []
+        return [], {}
     names = sorted(spare)
-    rows = await connection.fetch(SQL["claim_items"], names, [spare[name] for name in names], owner, now)
+    wanted = _columns((name, spare[name], *workspaces[name].floor) for name in names)
+    rows = await connection.fetch(SQL["claim_items"], *wanted, owner, now)
     rows.sort(key=lambda row: (row["workspace_id"], row["lane"], row["rank_ms"], row["queue_id"]))
-    return [_item(row, workspaces[row["workspace_id"]]) for row in rows]
+    first = {row["workspace_id"]: (row["first_lane"], row["first_rank"]) for row in rows}
+    return [_item(row, workspaces[row["workspace_id"]]) for row in rows], first
+
+
+async def running(connection: Connection, workspaces: Iterable[Workspace]) -> list[asyncpg.Record]:
+    """Read what these workspaces' agents are being delivered."""
+    wanted = [(each.workspace_id, each.running) for each in workspaces if each.running]
+    return await connection.fetch(SQL["running_items"], *_columns(wanted)) if wanted else []
+
+
+async def find_canceled(connection: Connection, queue_ids: Sequence[UUID]) -> set[UUID]:
+    rows = await connection.fetch(SQL["canceled_items"], queue_ids) if queue_ids else []
+    return {row["queue_id"] for row in rows}
 
 
 async def find_lost(connection: Connection, owner: str, silent_s: float, now: datetime | None) -> list[Item]:
@@ -267,6 +297,13 @@ async def requeue(connection: Connection, settled: Sequence[Settled]) -> dict[UU
         return {}
     found = await connection.fetch(SQL["requeue_items"], *_columns(rows))
     return {
-        row["queue_id"]: Ended(row["queue_id"], row["workspace_id"], "dispatched", 0, row["dispatched_epoch"])
+        row["queue_id"]: Ended(
+            row["queue_id"],
+            row["workspace_id"],
+            "dispatched",
+            0,
+            row["dispatched_epoch"],
+            place=(row["lane"], row["rank_ms"]),
+        )
         for row in found
     }

@@ -28,7 +28,7 @@ from tests.integration.queue_kit import digest
 async def rows(stack: Stack) -> AsyncIterator[Pool]:
     """The queue's tables, empty, and no service that works on them."""
     async with open_pool(stack.settings()) as pool:
-        await pool.execute("TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas")
+        await pool.execute("TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas")
         yield pool
 
 
@@ -67,8 +67,8 @@ async def claim(pool: Pool, name: str, owner: str) -> list[Item]:
     async def work(connection: Connection) -> list[Item]:
         before = await store.lock(connection, [name])
         free = decide.spare(before[name], await store.clock(connection, None))
-        items = await store.claim(connection, {name: free}, before, owner, None) if free else []
-        after = {name: decide.begin(before[name], len(items))}
+        items, first = await store.claim(connection, {name: free} if free else {}, before, owner, None)
+        after = {name: decide.begin(before[name], len(items), first[name])} if items else before
         await store.save(connection, before, after)
         return items
 
