@@ -227,10 +227,10 @@ DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs 
 DELETE FROM replicas WHERE replica_id = $1
 
 -- name: ending_items
--- Not while its workspace is paused: both clocks stop then.
+-- Not while its workspace is paused: both clocks stop then. now(), for an index is not compared with what is volatile.
 SELECT q.queue_id, q.workspace_id FROM a2a_queue q CROSS JOIN LATERAL (
   SELECT paused FROM workspaces WHERE workspace_id = q.workspace_id ORDER BY rev DESC LIMIT 1) w
-WHERE q.status = 'queued' AND least(q.expires_at, q.give_up_at) <= coalesce($1, clock_timestamp()) AND NOT w.paused
+WHERE q.status = 'queued' AND least(q.expires_at, q.give_up_at) <= coalesce($1, now()) AND NOT w.paused
 ORDER BY least(q.expires_at, q.give_up_at) LIMIT 500
 
 -- name: end_items
