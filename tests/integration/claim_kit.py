@@ -28,6 +28,7 @@ from tests.conftest import Stack
 
 TABLES = "a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas, outbox"
 _BEGUN_MS = 1_700_000_000_000
+_CHUNK = 100_000
 
 # Each row's id and rank say when it came: one per millisecond, so the order of ranks is that of insertion.
 _LOAD = f"""
@@ -38,7 +39,7 @@ SELECT (lpad(to_hex({_BEGUN_MS} + n), 12, '0') || '7' || left(md5($1), 3) || '8'
        '\\x7b7d', 'backlog', now() + interval '1 day'
 FROM generate_series($2::int + 1, $2 + $3::int) AS n
 """
-_FETCHED = """
+FETCHED = """
 SELECT coalesce(sum(pg_stat_get_xact_blocks_fetched(oid)), 0)::int
 FROM pg_class WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'i')
 """
@@ -50,7 +51,8 @@ async def empty(pool: Pool) -> None:
 
 async def load(connection: Connection, name: str, rows: int, *, after: int = 0) -> None:
     """Let `rows` more items wait in the workspace, which had `after`, and tell its counter."""
-    await connection.execute(_LOAD, name, after, rows, timeout=600)
+    for begun in range(after, after + rows, _CHUNK):  # no statement of the role may run for long
+        await connection.execute(_LOAD, name, begun, min(_CHUNK, after + rows - begun))
     async with connection.transaction():
         before = await store.lock(connection, [name])
         waiting = before[name].waiting + rows
@@ -83,9 +85,9 @@ class Bench:
         transaction = connection.transaction()
         await transaction.start()
         try:
-            before = await connection.fetchval(_FETCHED)
+            before = await connection.fetchval(FETCHED)
             turn = await self.drain._turn(connection, endings, [name], 1, None)
-            return turn, await connection.fetchval(_FETCHED) - before
+            return turn, await connection.fetchval(FETCHED) - before
         finally:
             await transaction.rollback()
 

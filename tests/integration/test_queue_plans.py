@@ -23,7 +23,7 @@ from tests.integration.queue_kit import digest
 
 ROWS = 100_000
 CLAIM_MAX = 36
-"""The lock, the claim, the counters, and what the turn tells of the workspace; four indexes take the row's new version."""
+"""The lock, the claim, the counters and what the turn tells of the workspace; four indexes take the new version."""
 
 
 @pytest.fixture
