@@ -49,6 +49,19 @@ async def empty(pool: Pool) -> None:
     await pool.execute(f"TRUNCATE {TABLES}")
 
 
+@asynccontextmanager
+async def never_analysed(admin: Connection) -> AsyncIterator[None]:
+    """No statistics, also none of an earlier use, and no autovacuum that makes any."""
+    for table in ("a2a_queue", "workspaces"):
+        await admin.execute(f"DELETE FROM pg_statistic WHERE starelid = 'queue.{table}'::regclass")
+        await admin.execute(f"ALTER TABLE queue.{table} SET (autovacuum_enabled = off)")
+    try:
+        yield
+    finally:
+        for table in ("a2a_queue", "workspaces"):
+            await admin.execute(f"ALTER TABLE queue.{table} RESET (autovacuum_enabled)")
+
+
 async def load(connection: Connection, name: str, rows: int, *, after: int = 0) -> None:
     """Let `rows` more items wait in the workspace, which had `after`, and tell its counter."""
     for begun in range(after, after + rows, _CHUNK):  # no statement of the role may run for long

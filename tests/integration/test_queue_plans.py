@@ -36,13 +36,9 @@ async def bench(stack: Stack) -> AsyncIterator[Bench]:
 
 @pytest.fixture
 async def never_analysed(admin: asyncpg.Connection[asyncpg.Record], bench: Bench) -> AsyncIterator[Bench]:
-    """No vacuum and no statistics, as just after a flood."""
-    for table in ("a2a_queue", "workspaces"):
-        await admin.execute(f"DELETE FROM pg_statistic WHERE starelid = 'queue.{table}'::regclass")
-        await admin.execute(f"ALTER TABLE queue.{table} SET (autovacuum_enabled = off)")
-    yield bench
-    for table in ("a2a_queue", "workspaces"):
-        await admin.execute(f"ALTER TABLE queue.{table} RESET (autovacuum_enabled)")
+    """As just after a flood."""
+    async with claim_kit.never_analysed(admin):
+        yield bench
 
 
 async def use_plans_of_an_empty_table(bench: Bench, connection: Connection) -> None:
