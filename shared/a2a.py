@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from json.decoder import JSONDecoder
@@ -24,6 +24,7 @@ class Verb(Enum):
     GET = "get"
     CANCEL = "cancel"
     SUBSCRIBE = "subscribe"
+    LIST = "list"
     OTHER = "other"
 
 
@@ -38,6 +39,8 @@ _VERBS = {
     "CancelTask": Verb.CANCEL,
     "tasks/resubscribe": Verb.SUBSCRIBE,
     "SubscribeToTask": Verb.SUBSCRIBE,
+    "tasks/list": Verb.LIST,
+    "ListTasks": Verb.LIST,
 }
 
 PARSE_ERROR = -32700
@@ -78,6 +81,8 @@ class Envelope:
     task_id: str | None
     message_metadata: Mapping[str, Any]
     configuration: Mapping[str, Any]
+    task_ids: frozenset[str]
+    """Every id in it that could be a task's, for whoever asks whose they are."""
     expires_in_s: float | None
     spans: Mapping[str, tuple[int, int]]
     """Path → where its value stands in `text`; `path{` is the place just behind an object's brace."""
@@ -136,18 +141,19 @@ def parse(body: bytes) -> Envelope:
     except UnicodeDecodeError as error:
         raise EnvelopeError(PARSE_ERROR, f"The body is not UTF-8 (byte {error.start}). Send JSON in UTF-8.") from None
     try:
-        found = dict(_walk(text))
+        every = list(_walk(text))
     except (ValueError, RecursionError) as error:
         detail = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise EnvelopeError(PARSE_ERROR, f"The body is not JSON: {detail}.") from None
+    found = dict(every)
     if "{" not in found:
         raise EnvelopeError(
             INVALID_REQUEST, "The body is no JSON object. Send one JSON-RPC request; A2A has no batches."
         )
-    return _envelope(text, found)
+    return _envelope(text, found, every)
 
 
-def _envelope(text: str, found: Mapping[str, _Value]) -> Envelope:
+def _envelope(text: str, found: Mapping[str, _Value], every: Iterable[tuple[str, _Value]]) -> Envelope:
     def said(path: str) -> Any:
         return found[path].value if path in found else None
 
@@ -174,9 +180,28 @@ def _envelope(text: str, found: Mapping[str, _Value]) -> Envelope:
         task_id=words("params.message.taskId") or words("params.id"),
         message_metadata=mapping("params.message.metadata"),
         configuration=mapping("params.configuration"),
+        task_ids=frozenset() if _NAMES_TASK.isdisjoint(found) else _task_ids(every),
         expires_in_s=_seconds(said("params.expiresInSeconds")),
         spans={path: (value.start, value.end) for path, value in found.items()},
     )
+
+
+_REFERENCES = "params.message.referenceTaskIds"
+_RESOURCES = ("params.name", "params.parent")
+_NAMES_TASK = frozenset({"params.id", "params.taskId", "params.message.taskId", _REFERENCES, *_RESOURCES})
+
+
+def _task_ids(every: Iterable[tuple[str, _Value]]) -> frozenset[str]:
+    """Every id that any reader could take for a task's: of a key that stands twice, in either spelling, both."""
+    found: set[str] = set()
+    for path, value in every:
+        if path in _NAMES_TASK and isinstance(value.value, str):
+            # 1.0's drafts name resources: tasks/<id>, tasks/<id>/pushNotificationConfigs/<id>.
+            named = value.value.split("/") if value.value.startswith("tasks/") else []
+            found.add(named[1] if path in _RESOURCES and named else value.value)
+        elif path == _REFERENCES and isinstance(value.value, list):
+            found.update(each for each in value.value if isinstance(each, str))
+    return frozenset(found)
 
 
 def _seconds(value: Any) -> float | None:

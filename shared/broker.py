@@ -28,6 +28,9 @@ from shared.telemetry import BATCH_FACTS, BUS_CONNECTED, FACTS_PUBLISHED, log
 
 HEARTBEAT_S = 10
 CONNECT_TIMEOUT_S = 5.0
+_LOOK_S = 1.0
+_STUCK_LOOKS = 5
+"""A lost connection is taken up again within 1.5 s; one that still lies there after so many looks will be never."""
 LANE_BYTES_MAX = 64 << 20
 """What may wait in one lane; more is refused at once, so that a slow broker cannot fill the memory."""
 
@@ -108,6 +111,8 @@ class Publisher:
         self._exchange = exchange
         self._confirm_timeout_s = confirm_timeout_s
         self._lanes: dict[tuple[type[Fact], str], _Lane] = {}
+        self.reconnects = 0
+        """Grows with each: what came meanwhile may be lost, however short the cut was."""
         for route in topology.ROUTES:
             for outcome in ("confirmed", "not_published", "unknown"):
                 FACTS_PUBLISHED.labels(route.fact.__name__, outcome)
@@ -150,6 +155,9 @@ class Publisher:
     async def probe(self) -> None:
         """One round trip to the broker, for /readyz: `ping` stays true against a frozen one."""
         await probe(self._connection)
+
+    def reconnected(self, *_: object) -> None:
+        self.reconnects += 1
 
     @property
     def is_connected(self) -> bool:
@@ -227,6 +235,25 @@ def _retrieve(done: asyncio.Future[None]) -> None:
         done.exception()
 
 
+async def unstick(connection: AbstractRobustConnection) -> None:
+    """Free the driver where it waits for itself, as long as this runs.
+
+    While aio-pika 10.2.1 brings cancelled consumers back it waits for `connected`, which only its own next attempt
+    would set: a connection that breaks just then, as when a broker's node stops, is never made again. Once that is set,
+    the closed channel is noticed, and it connects.
+    """
+    looks = 0
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        transport = connection.transport
+        lost = transport is not None and transport.connection.is_closed and not connection.connected.is_set()
+        looks = looks + 1 if lost else 0
+        if looks >= _STUCK_LOOKS:
+            log.warning("reconnect_freed", hint="the driver waited for itself")
+            connection.connected.set()
+            looks = 0
+
+
 def broker_url(settings: SharedSettings, name: str) -> str:
     """The AMQP URL with our heartbeat, and a name that an operator sees in RabbitMQ's list of connections."""
     url = URL(settings.amqp_url.get_secret_value())
@@ -258,6 +285,7 @@ async def open_publisher(settings: SharedSettings) -> AsyncIterator[Publisher]:
         # broker that lost its data.
         exchange = await channel.get_exchange(topology.EXCHANGE, ensure=False)
         publisher = Publisher(connection, channel, exchange, confirm_timeout_s=settings.confirm_timeout_s)
+        connection.reconnect_callbacks.add(publisher.reconnected)
         try:
             yield publisher
         finally:

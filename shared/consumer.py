@@ -30,7 +30,7 @@ from faststream.rabbit import (
 
 from shared import topology
 from shared.batches import decode_batch, encode, split
-from shared.broker import CONNECT_TIMEOUT_S, broker_url, probe, reconnect_interval_s
+from shared.broker import CONNECT_TIMEOUT_S, broker_url, probe, reconnect_interval_s, unstick
 from shared.database import Connection, Pool, Trouble, backoff_s, classify, load_queries, transact
 from shared.facts import Fact, FactT, routing_key
 from shared.inbox import Inbox
@@ -47,10 +47,14 @@ Store = Callable[[Connection, Sequence[FactT]], Awaitable[Tell | None]]
 Hear = Callable[[Sequence[FactT]], Awaitable[None]]
 """A handler of facts that only change memory."""
 
+Aside = Callable[[Connection, bytes, str], Awaitable[None]]
+"""What is owed for a fact that was set aside: called with its bytes and the reason, in the transaction of its dead
+letter, and last, because it may lock what handlers lock."""
+
 _SQL = load_queries(Path(__file__).parent / "queries.sql")
 _CLOSE_S = 5.0
 _PREFETCH = 8
-"""Batches in work at once per queue; each holds a connection of the pool while it is written."""
+"""Batches in work at once per queue; each holds a connection of the pool while it is written, half of them at most."""
 _PREFETCH_ORDERED = 32
 """Batches that may be written as one: an ordered queue is read by one replica, with one transaction at a time."""
 _TOGETHER_BYTES_MAX = 4 << 20
@@ -72,8 +76,12 @@ class Reader:
         self._replica_id = settings.replica_id
         self._drain_s = settings.drain_s
         self._pool = pool
+        # Half of the pool: batches that wait for locks must leave the loops a connection, or nothing is delivered.
+        self._writing = asyncio.Semaphore(settings.database_pool_max // 2)
         self._inbox = inbox
         self._committed = committed
+        self._asides: dict[str, Aside] = {}
+        self._unsticking: asyncio.Task[None] | None = None
         self._exchange = RabbitExchange(topology.EXCHANGE, type=ExchangeType.TOPIC, durable=True)
         self.broker = RabbitBroker(
             broker_url(settings, "reader"),
@@ -87,9 +95,16 @@ class Reader:
             logger=None,
         )
 
-    def store(self, fact: type[FactT], handle: Store[FactT], *, reader: str | None = None) -> None:
-        """Let `handle` write `fact`; `reader` if the queue is not named after the service."""
+    def store(
+        self, fact: type[FactT], handle: Store[FactT], *, reader: str | None = None, aside: Aside | None = None
+    ) -> None:
+        """Let `handle` write `fact`; `reader` if the queue is not named after the service.
+
+        `aside` is what is owed for one that was set aside, also by the broker.
+        """
         route = topology.route(fact, reader or self._service)
+        if aside is not None:
+            self._asides[route.queue(self._replica_id)] = aside
         write = partial(self._write, route, handle)
         self._subscribe(route, _Line(write) if route.ordered else partial(_alone, write))
 
@@ -100,10 +115,13 @@ class Reader:
 
     async def start(self) -> None:
         await self.broker.start()
+        self._unsticking = asyncio.create_task(unstick(await self.broker.connect()), name="unstick")
         BUS_CONNECTED.labels("reader").set(1)
 
     async def stop(self) -> None:
         """Take nothing new and wait up to `drain_s` for batches in work; the rest is delivered again elsewhere."""
+        if self._unsticking is not None:
+            self._unsticking.cancel()
         try:
             async with asyncio.timeout(self._drain_s + _CLOSE_S):
                 await self.broker.stop()
@@ -123,8 +141,11 @@ class Reader:
 
             async def keep(connection: Connection) -> None:
                 await set_aside(connection, source, message.body, "undeliverable", str(deaths[0].get("reason", "")))
+                for raw in split_or_whole(message.body):
+                    await pay(connection, self._asides.get(source), raw, "undeliverable")
 
             await transact(self._pool, keep)
+            self._committed()
             DEAD_LETTERS.labels(source, "undeliverable").inc()
             await message.ack()
 
@@ -168,7 +189,8 @@ class Reader:
         started = time.perf_counter()
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(fact=route.fact.__name__)
-        batch = _Batch(self._pool, self._inbox, route, handle, bodies)
+        aside = self._asides.get(route.queue(self._replica_id))
+        batch = _Batch(self._pool, self._writing, self._inbox, route, handle, bodies, aside=aside)
         if batch.facts or batch.unreadable:
             await batch.write()
             self._committed()
@@ -248,20 +270,32 @@ class _Written:
     applied: int = 0
     duplicate: int = 0
     tells: list[Tell] = field(default_factory=list)
-    aside: list[tuple[str, str]] = field(default_factory=list)
-    """(reason, sentence)"""
+    aside: list[tuple[str, str, bytes]] = field(default_factory=list)
+    """(reason, sentence, the fact's bytes)"""
 
 
 class _Batch:
     """Batches on their way into the database together: whole if that works, else fact by fact."""
 
-    def __init__(self, pool: Pool, inbox: Inbox, route: Route, handle: Store[FactT], bodies: Sequence[bytes]) -> None:
+    def __init__(  # noqa: PLR0917 - what the reader has, and what is its own
+        self,
+        pool: Pool,
+        writing: asyncio.Semaphore,
+        inbox: Inbox,
+        route: Route,
+        handle: Store[FactT],
+        bodies: Sequence[bytes],
+        *,
+        aside: Aside | None,
+    ) -> None:
         self._pool = pool
+        self._writing = writing
         self._inbox = inbox
         self._once = route.kind is Kind.QUORUM
         self._name = route.fact.__name__
         self._handle = handle
         self._bodies = bodies
+        self._aside = aside
         kind: type[FactT] = route.fact  # type: ignore[assignment]
         decoded = [decode_batch(kind, body) for body in bodies]
         self.facts = [fact for facts, _ in decoded for fact in facts]
@@ -273,9 +307,10 @@ class _Batch:
         work = self._whole
         while True:
             try:
-                if self._once:
-                    await self._inbox.prepare(self.facts)
-                written = await transact(self._pool, work)
+                async with self._writing:
+                    if self._once:
+                        await self._inbox.prepare(self.facts)
+                    written = await transact(self._pool, work)
             except Exception as error:  # noqa: BLE001 - classify says what it means, and nothing is swallowed
                 infrastructure = classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT)
                 words = f"{type(error).__name__}: {error}"[:300]
@@ -295,7 +330,7 @@ class _Batch:
     def _tell(self, written: _Written) -> None:
         FACTS_READ.labels(self._name, "applied").inc(written.applied)
         FACTS_READ.labels(self._name, "duplicate").inc(written.duplicate)
-        for reason, sentence in written.aside:
+        for reason, sentence, _ in written.aside:
             DEAD_LETTERS.labels(self._name, reason).inc()
             log.error("fact_set_aside", reason=reason, error=sentence)
         for tell in written.tells:
@@ -311,7 +346,7 @@ class _Batch:
         if new and (tell := await self._handle(connection, new)):
             written.tells.append(tell)
         written.applied = len(new)
-        return written
+        return await self._pay(connection, written)
 
     async def _singly(self, connection: Connection) -> _Written:
         written = await self._begin(connection)
@@ -329,6 +364,11 @@ class _Batch:
             written.applied += 1
             if tell:
                 written.tells.append(tell)
+        return await self._pay(connection, written)
+
+    async def _pay(self, connection: Connection, written: _Written) -> _Written:
+        for reason, _, raw in written.aside:
+            await pay(connection, self._aside, raw, reason)
         return written
 
     async def _begin(self, connection: Connection) -> _Written:
@@ -344,12 +384,36 @@ class _Batch:
 
     async def _set_aside(self, connection: Connection, written: _Written, raw: bytes, reason: str, error: str) -> None:
         if sentence := await set_aside(connection, self._name, raw, reason, error):
-            written.aside.append((reason, sentence))
+            written.aside.append((reason, sentence, raw))
 
     def _raw(self, fact: Fact) -> bytes:
         """The fact's own bytes, with what a newer writer put in that we do not know."""
         mark = str(fact.fact_id).encode()
         return next((raw for body in self._bodies for raw in split(body) if mark in raw), encode(fact))
+
+
+async def pay(connection: Connection, aside: Aside | None, raw: bytes, reason: str) -> None:
+    """Do what is owed for a fact that was set aside.
+
+    What is wrong with the fact may break that too; the dead letter stays.
+    """
+    if aside is None:
+        return
+    try:
+        async with connection.transaction():
+            await aside(connection, raw, reason)
+    except Exception as error:
+        if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+            raise
+        log.exception("aside_failed", reason=reason)
+
+
+def split_or_whole(body: bytes) -> list[bytes]:
+    """The facts of a batch, or the body itself if it is none."""
+    try:
+        return split(body)
+    except ValueError:
+        return [body]
 
 
 async def set_aside(connection: Connection, fact_type: str, raw: bytes, reason: str, error: str) -> str | None:

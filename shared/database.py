@@ -94,10 +94,17 @@ async def transact(pool: Pool, work: Callable[[Connection], Awaitable[T]]) -> T:
             async with pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection, connection.transaction():
                 return await work(connection)
         except asyncpg.PostgresError as error:
+            await leave_standby(pool, error)
             if classify(error) is not Trouble.CONFLICT or not remaining:
                 raise
             log.info("transaction_repeated", sqlstate=error.sqlstate, remaining=remaining)
     raise AssertionError("unreachable: the last try returns or raises")
+
+
+async def leave_standby(pool: Pool, error: BaseException) -> None:
+    """After a session that may only read, open new ones: the server behind it is no longer the one that writes."""
+    if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+        await pool.expire_connections()
 
 
 @asynccontextmanager

@@ -270,12 +270,15 @@ class BacklogSnapshot(Fact):
 class QueueQuery(Fact):
     """A question or a command for the queue service; answered with QueryAnswered to `reply_to`.
 
-    A command (`cancel`) answers after its commit, may be sent again, and is refused after `expires_at`.
+    A command (`cancel`) answers after its commit, may be sent again, and is refused after `expires_at`. `snapshot` asks
+    for a BacklogSnapshot at once; one serves all who asked meanwhile.
     """
 
     query_id: UUID
-    verb: Literal["item", "list", "cancel", "answer"]
+    verb: Literal["item", "list", "cancel", "answer", "known", "snapshot"]
     queue_id: UUID | None = None
+    key_hash: Digest | None = None
+    """With `known`: an explicit key, which may stand for an item as the id may."""
     caller_hash: Digest | None = None
     """Only items of this caller; None: an operator, who sees all."""
     status: str | None = None

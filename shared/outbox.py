@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import asyncpg
+
 from shared.batches import encode
 from shared.broker import Publisher
-from shared.database import Connection, Pool, load_queries
+from shared.database import Connection, Pool, leave_standby, load_queries
 from shared.facts import Fact
 from shared.loops import Loop
 from shared.telemetry import OUTBOX_OLDEST, OUTBOX_PUBLISHED, log
@@ -46,7 +48,11 @@ class Relay:
         """Publish one batch of due rows; return 0 when there may be more."""
         if not self._publisher.is_connected:
             return self._sweep_s
-        rows = await self._pool.fetch(_SQL["claim_outbox"], _CLAIM_ROWS, self._claim_s, now)
+        try:
+            rows = await self._pool.fetch(_SQL["claim_outbox"], _CLAIM_ROWS, self._claim_s, now)
+        except asyncpg.ReadOnlySQLTransactionError as error:
+            await leave_standby(self._pool, error)
+            raise
         OUTBOX_OLDEST.set(await self._pool.fetchval(_SQL["outbox_oldest_age"]))
         if not rows:
             return self._sweep_s

@@ -7,6 +7,7 @@ service that waits for its servers as alive and not ready.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ from shared.settings import SettingsError, SettingsT, SharedSettings, load
 from shared.telemetry import Health, log, start_logging
 
 _STRAYS_S = 5.0
+_NEW_OBJECTS = 50_000
 _REFUSED = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
@@ -97,6 +99,7 @@ def start(name: str, kind: type[SettingsT], main: Callable[[SettingsT], Coroutin
         sys.stderr.write(f"{error}\n")
         return 2
     start_logging(name, settings)
+    _spare_the_collector()
     try:
         uvloop.run(_until_signalled(main(settings)))
     except _REFUSED as error:
@@ -104,6 +107,17 @@ def start(name: str, kind: type[SettingsT], main: Callable[[SettingsT], Coroutin
         return 1
     log.info("stopped")
     return 0
+
+
+def _spare_the_collector() -> None:
+    """Let the garbage collector leave alone what was imported, and look for cycles a hundred times less often.
+
+    A request makes some hundred objects and hardly a cycle; with Python's own thresholds a tenth of its time was spent
+    on looking at them.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_NEW_OBJECTS, 20, 20)
 
 
 async def _until_signalled(main: Awaitable[None]) -> None:

@@ -8,6 +8,7 @@ outage restarts nobody; `/readyz` makes a real round trip to each.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 import time
@@ -39,11 +40,14 @@ DEAD_LETTERS = Counter("bide_dead_letters_total", "Facts set aside", ["fact", "r
 BUS_CONNECTED = Gauge("bide_bus_connected", "1 while the connection to RabbitMQ stands", ["connection"])
 
 
+# Made once: with options, json.dumps makes an encoder for every line.
+_encode = json.JSONEncoder(default=repr).encode
+
+
 def start_logging(service: str, settings: SharedSettings) -> None:
     """Send structlog and the standard library's loggers to stderr in one form; bind `service` and `replica`."""
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if settings.log_format == "json" else structlog.dev.ConsoleRenderer()
-    )
+    as_json = structlog.processors.JSONRenderer(lambda event, **_: _encode(event))
+    renderer: structlog.typing.Processor = as_json if settings.log_format == "json" else structlog.dev.ConsoleRenderer()
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,

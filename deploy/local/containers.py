@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -80,12 +81,14 @@ class ContainerRun:
         """Tell whether the container runs."""
         return self._container().status in ("running", "paused")
 
-    def control(self, document: str) -> None:
-        """Import definitions in the container; they go through its shell, for exec has no input of its own."""
-        script = 'printf %s "$GIVEN" >/tmp/definitions.json && rabbitmqctl import_definitions /tmp/definitions.json'
-        code, said = self._container().exec_run(["sh", "-c", script], environment={"GIVEN": document})
+    def control(self, arguments: Sequence[str], document: str | None) -> None:
+        """Run rabbitmqctl in the container; a document goes through its shell, for exec has no input of its own."""
+        script = shlex.join(["rabbitmqctl", *arguments])
+        if document is not None:
+            script = f'printf %s "$GIVEN" >/tmp/given.json && {script} /tmp/given.json'
+        code, said = self._container().exec_run(["sh", "-c", script], environment={"GIVEN": document or ""})
         if code != 0:
-            raise StackError(f"rabbitmqctl import_definitions failed ({code}): {said.decode(errors='replace')}")
+            raise StackError(f"rabbitmqctl {arguments[0]} failed ({code}): {said.decode(errors='replace')}")
 
     def wait_until_ready(self) -> None:
         """Return when the probe no longer raises OSError; StackError with the log's end when that does not come."""

@@ -56,12 +56,18 @@ class Fetcher:
         for tool in ("apt-get", "dpkg"):
             if shutil.which(tool) is None:
                 raise UnavailableError(f"no {tool}: RabbitMQ's packages are fetched on Debian and Ubuntu only")
-        home = once(self.cache / f"rabbitmq-{_release()}", lambda staging: _fetch_packages(self, staging))
+        home = once(self.cache / f"rabbitmq-{_release()}", lambda staging: _fetch_rabbitmq(self, staging))
         folders = sorted({str(path.parent) for path in home.glob("**/lib*.so.*") if "erlang" not in path.parts})
         found = rabbitmq.find(home / "usr/lib", libraries=":".join(folders))
         if found is None:
             raise UnavailableError(f"the packages in {home} hold no RabbitMQ; remove that folder and try again")
         return found
+
+    def programs(self, *names: str) -> Path:
+        """Return a folder with these packages of the system's archive unpacked in it (`usr/bin`, `usr/sbin`, …)."""
+        return once(
+            self.cache / f"{'-'.join(names)}-{_release()}", lambda staging: _fetch_packages(self, staging, names)
+        )
 
     def run(self, argv: Sequence[str], folder: Path, *, what: str, check: bool = True) -> str:
         """Run one fetching command in `folder` with a line of progress every two seconds; return what it said."""
@@ -143,8 +149,14 @@ def is_needed(name: str) -> bool:
     return name.startswith(_NEEDED)
 
 
-def _fetch_packages(fetcher: Fetcher, staging: Path) -> None:
+def _fetch_rabbitmq(fetcher: Fetcher, staging: Path) -> None:
     fetcher.report("  fetching RabbitMQ and Erlang: packages of this system's archive, about 30 MB")
+    _fetch_packages(fetcher, staging, ["rabbitmq-server"])
+    _make_relocatable(staging / "usr/lib/erlang")
+
+
+def _fetch_packages(fetcher: Fetcher, staging: Path, names: Sequence[str]) -> None:
+    what = ", ".join(names)
     state = staging.parent / "apt"
     archives = state / "cache" / "archives"
     for folder in (state / "lists" / "partial", archives / "partial"):
@@ -161,20 +173,19 @@ def _fetch_packages(fetcher: Fetcher, staging: Path) -> None:
     apt = ["apt-get", "-qq", *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
     # Hooks of the machine's own configuration may fail here, and one broken source too: what counts is the solution.
     fetcher.run([*apt, "update"], state, what="package lists", check=False)
-    plan = fetcher.run([*apt, "-s", "--no-install-recommends", "install", "rabbitmq-server"], state, what="RabbitMQ")
-    fetcher.run([*apt, "download", *wanted_packages(plan, _installed_packages())], archives, what="RabbitMQ")
+    plan = fetcher.run([*apt, "-s", "--no-install-recommends", "install", *names], state, what=what)
+    fetcher.run([*apt, "download", *wanted_packages(plan, _installed_packages(), names)], archives, what=what)
     for package in sorted(archives.glob("*.deb")):
         fetcher.run(["dpkg", "-x", str(package), str(staging)], state, what=package.name)
-    _make_relocatable(staging / "usr/lib/erlang")
 
 
-def wanted_packages(plan: str, present: frozenset[str]) -> list[str]:
-    """Pick from apt's plan: RabbitMQ, Erlang, and the shared libraries that this machine lacks."""
+def wanted_packages(plan: str, present: frozenset[str], names: Sequence[str] = ("rabbitmq-server",)) -> list[str]:
+    """Pick from apt's plan: what was asked for, Erlang, and the shared libraries that this machine lacks."""
     planned = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
     return [
         name
         for name in planned
-        if name == "rabbitmq-server" or name.startswith("erlang-") or (name.startswith("lib") and name not in present)
+        if name in names or name.startswith("erlang-") or (name.startswith("lib") and name not in present)
     ]
 
 

@@ -28,9 +28,10 @@ from deploy.local.run import LocalRun, Run
 USER = "bide"
 STOP_LIMIT_S = 15.0
 CONTROL_LIMIT_S = 30.0
-Import = Callable[[str], None]
-"""Import a definitions document, with RabbitMQ's own command line."""
-"""Runs rabbitmqctl with these arguments and this standard input."""
+MEMORY_SHARE = 0.4
+"""RabbitMQ's own default until 4.0, good for every version."""
+Control = Callable[[Sequence[str], str | None], None]
+"""Run rabbitmqctl with these arguments, and with the path of a file that holds the document, if one is given."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Installation:
 class RabbitMQ:
     """A RabbitMQ broker in use; `url` is of the vhost "/"."""
 
-    def __init__(self, *, url: str, source: str, run: Run, version: str, control: Import | None) -> None:
+    def __init__(self, *, url: str, source: str, run: Run, version: str, control: Control | None) -> None:
         self.url = url
         self.source = source
         self.version = version
@@ -82,11 +83,19 @@ class RabbitMQ:
 
     def vhosts(self, names: Sequence[str]) -> list[str]:
         """Create several vhosts at the price of one (0.4 s)."""
-        if self._control is None:
-            raise StackError("vhosts can be made only on a broker of our own; leave BIDE_AMQP_URL unset")
         # One import does what add_vhost and set_permissions do in two calls of 0.4 s each, on 3.10 and 4.x alike.
-        self._control(definitions(names))
+        self.control(["import_definitions"], definitions(names))
         return [f"{self.url.rstrip('/')}/{quote(name, safe='')}" for name in names]
+
+    def limit_memory(self, share: float = MEMORY_SHARE) -> None:
+        """Block publishers when the node uses more than this share of the machine's memory; 0 blocks them at once."""
+        self.control(["set_vm_memory_high_watermark", f"{share:g}"])
+
+    def control(self, arguments: Sequence[str], document: str | None = None) -> None:
+        """Run RabbitMQ's own command line, with a file that holds `document` as its last argument if there is one."""
+        if self._control is None:
+            raise StackError("only a broker of our own takes orders; leave BIDE_AMQP_URL unset")
+        self._control(arguments, document)
 
 
 def definitions(vhosts: Sequence[str]) -> str:
@@ -149,22 +158,24 @@ def start_local(ledger: Ledger, memory: Memory, ports: Ports, *, installation: I
     run = LocalRun(ledger, commands, probe=lambda: broker_version(url))
     run.start()
 
-    def control(document: str) -> None:
-        import_definitions(installation.scripts / "rabbitmqctl", document, env=env)
+    def control(arguments: Sequence[str], document: str | None) -> None:
+        run_control([installation.scripts / "rabbitmqctl", *arguments], document, env=env)
 
     return RabbitMQ(url=url, source=source, run=run, version=broker_version(url), control=control)
 
 
-def import_definitions(rabbitmqctl: Path, document: str, *, env: Mapping[str, str]) -> None:
-    """Import the document; StackError with what rabbitmqctl said when it fails.
+def run_control(command: Sequence[str | Path], document: str | None, *, env: Mapping[str, str]) -> None:
+    """Run rabbitmqctl; StackError with what it said when it fails.
 
-    From a file: 4.0 waits for ever for the end of its standard input.
+    A document goes by file: 4.0 waits for ever for the end of its standard input.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(document)
-        file.flush()
+        if document is not None:
+            file.write(document)
+            file.flush()
+            command = [*command, file.name]
         done = subprocess.run(
-            [rabbitmqctl, "import_definitions", file.name],
+            command,
             stdin=subprocess.DEVNULL,
             env=env,
             capture_output=True,
@@ -173,7 +184,7 @@ def import_definitions(rabbitmqctl: Path, document: str, *, env: Mapping[str, st
             timeout=CONTROL_LIMIT_S,
         )
     if done.returncode != 0:
-        raise StackError(f"rabbitmqctl import_definitions failed ({done.returncode}): {done.stderr or done.stdout}")
+        raise StackError(f"rabbitmqctl {command[1]} failed ({done.returncode}): {done.stderr or done.stdout}")
 
 
 def node_env(

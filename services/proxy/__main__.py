@@ -12,13 +12,16 @@ from services.proxy.api.door import Api, Door
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Identity
 from services.proxy.api.keeping import Keeper
+from services.proxy.api.outgoing import Addresser
+from services.proxy.api.owning import Owning
 from services.proxy.api.questions import Questions
 from services.proxy.api.queue import Queue
 from services.proxy.api.registry import Registrar
+from services.proxy.api.tasks import Tasks
 from services.proxy.api.workspaces import Workspaces
 from services.proxy.copies import Copies
 from services.proxy.handlers import Handlers
-from services.proxy.loops import Beats, Reading
+from services.proxy.loops import Beats, Catching, Reading, Writing
 from services.proxy.settings import Settings
 from services.proxy.store import Store
 from shared.addresses import AddressRules
@@ -43,14 +46,17 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
     agents = Agents(rules)
     stack.push_async_callback(agents.close)
     beats, reading = Beats(settings, copies, service.publisher), Reading(copies, store, service.publisher)
+    writing, catching = Writing(settings, copies, store), Catching(settings, copies, service.publisher)
     await reading.load()
     Handlers(copies, reading.loop.wake).register(service.reader)
     identity, questions = Identity(settings, copies, store), Questions(settings, copies, service.publisher)
+    addresser = Addresser(settings, copies)
     finding, told = Finding(copies, store), service.relay.wake
     api = Api(
         a2a=A2A(
             settings, copies, identity=identity, finding=finding, keeper=Keeper(settings, copies, service.publisher),
-            questions=questions, agents=agents, stopping=door.stopping, changed=beats.notify,
+            questions=questions, agents=agents, addresser=addresser, stopping=door.stopping,
+            tasks=Tasks(questions, addresser, agents, Owning(copies, store), settings), changed=beats.notify,
         ),
         registrar=Registrar(
             settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher, told=told,
@@ -60,7 +66,8 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
         queue=Queue(finding, identity, questions),
         cards=Cards(settings, finding, identity),
     )  # fmt: skip
-    await stack.enter_async_context(turning([beats.loop, reading.loop]))
+    stack.push_async_callback(writing.close)
+    await stack.enter_async_context(turning([beats.loop, reading.loop, writing.loop, catching.loop]))
     stack.push_async_callback(door.close, settings.drain_s)
     door.open(api)
     return copies

@@ -99,13 +99,18 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """The answer is an error. `rpc_code` is the JSON-RPC code where one is answered."""
+    """The answer is an error. `rpc_code` is the JSON-RPC code where one is answered.
+
+    `is_reply`: A2A's own answer to a call about a task, such as "no such task", and no trouble of ours. It goes out
+    with HTTP 200: the official clients throw away unread what comes with any other status.
+    """
 
     status: int
     code: str
     sentence: str
     rpc_code: int = -32603
     retry_after_s: int | None = None
+    is_reply: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +131,11 @@ class Forward:
 
 
 Verdict = Refuse | Attach | Keep | Forward
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The depth would refuse it, but its key or id may stand for an item that has its place: the queue can tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +173,8 @@ class Arrival:
     in_flight: InFlight = InFlight.NO
     keyed: bool = False
     repeated: bool = False
+    known: bool | None = None
+    """Whether its key or id stands for an item of this caller. None: that was not asked yet."""
     key_running: bool = False
     limited_wait: bool = False
     to_itself: bool = False
@@ -226,7 +238,7 @@ def _refuse_hops(head: Head) -> Refuse | None:
     return None
 
 
-def route(arrival: Arrival) -> Verdict:
+def route(arrival: Arrival) -> Verdict | Ask:
     """Say what becomes of a message: the first row of §1 that is true."""
     return (
         admit(arrival.head)
@@ -234,10 +246,10 @@ def route(arrival: Arrival) -> Verdict:
         or _refuse_priority(arrival)
         or _join(arrival)
         or _keep_known(arrival)
-        or _refuse_depth(arrival.share)
+        or _ask_or_refuse(arrival)
         or _keep_by_wish(arrival)
         or _keep_by_state(arrival)
-        or Forward(stale_copy=_is_stale(arrival))
+        or Forward(stale_copy=is_stale(arrival.copied_at, arrival.now, arrival.copy_stale_s))
     )
 
 
@@ -260,12 +272,24 @@ def _join(arrival: Arrival) -> Verdict | None:
 
 
 def _keep_known(arrival: Arrival) -> Keep | None:
-    """Rows of a message that may be an item already: only the queue can tell, and it costs no new place."""
+    """Rows of a message that is an item, or is running, already: it takes no new place."""
+    if arrival.known:
+        return _keep_named(arrival)
+    return Keep(Reason.RUNNING) if arrival.key_running else None
+
+
+def _keep_named(arrival: Arrival) -> Keep | None:
     if arrival.keyed:
         return Keep(Reason.KEYED)
-    if arrival.repeated:
-        return Keep(Reason.REPEATED)
-    return Keep(Reason.RUNNING) if arrival.key_running else None
+    return Keep(Reason.REPEATED) if arrival.repeated else None
+
+
+def _ask_or_refuse(arrival: Arrival) -> Refuse | Ask | None:
+    """Whoever brings an id or a key that stands for nothing takes a new place, like everybody."""
+    refuse = _refuse_depth(arrival.share)
+    if refuse is not None and arrival.known is None and (arrival.keyed or arrival.repeated):
+        return Ask()
+    return refuse
 
 
 def _refuse_depth(share: Share) -> Refuse | None:
@@ -282,6 +306,9 @@ def _refuse_depth(share: Share) -> Refuse | None:
 
 def _keep_by_wish(arrival: Arrival) -> Keep | None:
     """Rows that the caller or the workspace's settings ask for. Behind the depth: they take a place like any other."""
+    named = _keep_named(arrival)
+    if named is not None:
+        return named
     if arrival.limited_wait:
         return Keep(Reason.LIMITED_WAIT)
     if arrival.to_itself:
@@ -314,5 +341,6 @@ def _keep_by_state(arrival: Arrival) -> Keep | None:
     return None
 
 
-def _is_stale(arrival: Arrival) -> bool:
-    return arrival.copied_at is not None and arrival.now - arrival.copied_at > arrival.copy_stale_s
+def is_stale(copied_at: float | None, now: float, copy_stale_s: float) -> bool:
+    """Whether a copy of the backlog is so old that it no longer holds anything back; where there is none, no."""
+    return copied_at is not None and now - copied_at > copy_stale_s

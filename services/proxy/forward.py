@@ -78,7 +78,13 @@ class Broken:
 Ending = Passed | Back | Broken
 
 
-async def forward(agents: Agents, outgoing: Outgoing, sink: Sink, *, keepable: bool = True) -> Ending:
+TaskKnown = Callable[[str], None]
+"""Told the id of the agent's Task before the caller is: where an answer is too large to be held back, right after."""
+
+
+async def forward(
+    agents: Agents, outgoing: Outgoing, sink: Sink, *, keepable: bool = True, task_known: TaskKnown | None = None
+) -> Ending:
     """Send and pass on. `keepable` False: what is no message is not kept, so a busy answer is passed on as well."""
     try:
         exchange = await agents.send(
@@ -89,11 +95,11 @@ async def forward(agents: Agents, outgoing: Outgoing, sink: Sink, *, keepable: b
         return Back(verdict) if keepable and verdict.outcome in _BACK else Broken(verdict)
     async with exchange:
         if _is_stream(exchange):
-            return await _stream(exchange, sink)
-        return await _answer(exchange, sink, keepable=keepable)
+            return await _stream(exchange, sink, task_known)
+        return await _answer(exchange, sink, task_known, keepable=keepable)
 
 
-async def _answer(exchange: Exchange, sink: Sink, *, keepable: bool) -> Ending:
+async def _answer(exchange: Exchange, sink: Sink, task_known: TaskKnown | None, *, keepable: bool) -> Ending:
     tape = _Tape()
     whole = True
     try:
@@ -110,17 +116,23 @@ async def _answer(exchange: Exchange, sink: Sink, *, keepable: bool) -> Ending:
         return Back(verdict)
     headers = _end_to_end(exchange)
     if body is None:
-        return await _pour(exchange, sink, tape, headers)
+        return await _pour(exchange, sink, tape, headers, task_known)
     if not _says_something(body, verdict):
         return Broken(verdict)
     if verdict.outcome not in (Outcome.DELIVERED, Outcome.ACCEPTED):
         headers = [*headers, (b"x-bide-outcome", verdict.outcome.value.encode())]
+    _tell(task_known, verdict)
     await sink.start(exchange.status, headers, len(body))
     await sink.write(body, more=False)
     return Passed(verdict, exchange.status, headers, body)
 
 
-async def _pour(exchange: Exchange, sink: Sink, tape: _Tape, headers: Headers) -> Ending:
+def _tell(task_known: TaskKnown | None, verdict: Verdict) -> None:
+    if task_known is not None and verdict.agent_task_id is not None:
+        task_known(verdict.agent_task_id)
+
+
+async def _pour(exchange: Exchange, sink: Sink, tape: _Tape, headers: Headers, task_known: TaskKnown | None) -> Ending:
     """A large answer: passed on as it comes; its end decides only what is counted."""
     await sink.start(exchange.status, headers, None)
     await sink.write(tape.bytes(), more=True)
@@ -133,22 +145,25 @@ async def _pour(exchange: Exchange, sink: Sink, tape: _Tape, headers: Headers) -
         return Passed(_classify(error), exchange.status, headers, None)
     await sink.write(b"", more=False)
     body = tape.bytes() if tape.is_whole else None
-    return Passed(classify(_answered(exchange, body), now=datetime.now(UTC)), exchange.status, headers, body)
+    verdict = classify(_answered(exchange, body), now=datetime.now(UTC))
+    _tell(task_known, verdict)
+    return Passed(verdict, exchange.status, headers, body)
 
 
 def _answered(exchange: Exchange, body: bytes | None) -> Answer:
     return Answer(exchange.status, exchange.headers, body, Fault.TOO_LARGE if body is None else None)
 
 
-async def _stream(exchange: Exchange, sink: Sink) -> Ending:
+async def _stream(exchange: Exchange, sink: Sink, task_known: TaskKnown | None) -> Ending:
     headers = _end_to_end(exchange)
     await sink.start(exchange.status, headers, None)
-    tape, events = _Tape(), _LastEvent()
+    tape, events, first = _Tape(), _LastEvent(), _FirstTask(task_known)
     fault = None
     try:
         async for chunk in exchange.chunks():
             tape.add(chunk)
             events.add(chunk)
+            first.add(chunk)
             await sink.write(chunk, more=True)
         await sink.write(b"", more=False)
     except AgentError as error:
@@ -214,8 +229,34 @@ class _LastEvent:
     def read(self) -> Result:
         seen = Result(Kind.NOTHING)
         for event in self._tail.replace(b"\r\n", b"\n").split(b"\n\n")[-8:]:
-            lines = (line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:"))
-            data = b"\n".join(lines)
+            data = _data(event)
             if data:
                 seen = seen.then(read_result(data))
         return seen
+
+
+@dataclass(slots=True)
+class _FirstTask:
+    """A stream is of one task, and its first event that names it says which: the rest is not read for it."""
+
+    told: TaskKnown | None
+    _rest: bytes = b""
+
+    def add(self, chunk: bytes) -> None:
+        if self.told is None:
+            return
+        *events, self._rest = (self._rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
+        for event in events:
+            data = _data(event)
+            task_id = read_result(data).task_id if data else None
+            if task_id is not None:
+                self.told(task_id)
+                self.told = None
+                return
+        if len(self._rest) > RECORDED_BYTES_MAX:
+            self.told = None
+
+
+def _data(event: bytes) -> bytes:
+    lines = (line[5:].removeprefix(b" ") for line in event.split(b"\n") if line.startswith(b"data:"))
+    return b"\n".join(lines)

@@ -81,7 +81,8 @@ class Handlers:
 
     async def kept(self, facts: Sequence[ItemKept]) -> None:
         for fact in facts:
-            self.copies.keeps.hear_kept(fact, self.copies.backlogs.copied_at(fact.workspace_id))
+            copied_at = self.copies.backlogs.copied_at(fact.workspace_id)
+            self.copies.keeps.hear_kept(fact, copied_at, unbroken_since=self.copies.backlogs.unbroken_since)
 
     async def changed(self, facts: Sequence[ItemChanged]) -> None:
         for fact in facts:
@@ -98,7 +99,8 @@ class Handlers:
         view = self.copies.backlogs.view(workspace_id)
         self._use(workspace_id).hear_backlog(view)
         copied_at = self.copies.backlogs.copied_at(workspace_id) or view.at
-        self.copies.keeps.covered(workspace_id, copied_at, waiting=view.waiting)
+        since = self.copies.backlogs.unbroken_since
+        self.copies.keeps.covered(workspace_id, copied_at, waiting=view.waiting, unbroken_since=since)
 
     def _wake(self) -> None:
         if self.copies.registry.unread:

@@ -1,16 +1,29 @@
-"""What proxy does by the clock: tell of its live forwards, and read again what has changed in the registry."""
+"""What proxy does by the clock: tell of its forwards, read again what has changed, write whose tasks are."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from datetime import UTC, datetime, timedelta
+
+from uuid_utils.compat import uuid7
 
 from services.proxy.copies import Copies
 from services.proxy.settings import Settings
 from services.proxy.store import Store
+from shared import topology
 from shared.broker import Publisher
+from shared.database import classify
+from shared.facts import FLEET, QueryAnswered, QueueQuery
 from shared.loops import Loop
+from shared.telemetry import log
 
 _IDLE_S = 60.0
+_WRITTEN_MAX = 1000
+_FORGET_S = 3600.0
+_LAST_WRITE_S = 2.0
+_ASK_S = 0.25
+_ASKED_S = 2.0
 _LOOK_S = 1.0
 _RELOAD_S = 300.0
 """The whole registry is read this often besides: a fact that was lost with a replica's queue is found then."""
@@ -68,7 +81,7 @@ class Reading:
         self._copies = copies
         self._store = store
         self._publisher = publisher
-        self._was_cut = False
+        self._reconnects = publisher.reconnects
         self._loaded_at = float("-inf")
         self.loop = Loop("registry", self.run_once)
 
@@ -78,10 +91,10 @@ class Reading:
         self._loaded_at = time.monotonic()
 
     async def run_once(self) -> float:
-        connected = self._publisher.is_connected
-        if (self._was_cut and connected) or time.monotonic() - self._loaded_at > _RELOAD_S:
+        reconnects = self._publisher.reconnects
+        if reconnects != self._reconnects or time.monotonic() - self._loaded_at > _RELOAD_S:
             await self.load()
-        self._was_cut = not connected
+            self._reconnects = reconnects
         registry = self._copies.registry
         asked, registry.unread = registry.unread, set()
         if asked:
@@ -91,3 +104,79 @@ class Reading:
                 registry.unread |= asked
                 raise
         return _LOOK_S
+
+
+class Catching:
+    """Asks the queue for every backlog: until there was one since the start, and whenever the bus was cut.
+
+    While the queue is away nobody answers, and nothing waits for it here: the table of §1 keeps what it must.
+    """
+
+    def __init__(self, settings: Settings, copies: Copies, publisher: Publisher) -> None:
+        self._backlogs = copies.backlogs
+        self._publisher = publisher
+        self._reply_to = topology.route(QueryAnswered, "proxy").queue(settings.replica_id)
+        self._reconnects = publisher.reconnects
+        self.loop = Loop("catching", self.run_once)
+
+    async def run_once(self) -> float:
+        reconnects, first = self._publisher.reconnects, self._backlogs.snapshot_at is None
+        if first or reconnects != self._reconnects:
+            self._reconnects = reconnects
+            expires_at = datetime.now(UTC) + timedelta(seconds=_ASKED_S)
+            self._publisher.post(
+                QueueQuery(
+                    workspace_id=FLEET, rev=0, query_id=uuid7(), verb="snapshot", expires_at=expires_at,
+                    reply_to=self._reply_to,
+                )
+            )  # fmt: skip
+        return _ASK_S if first else _LOOK_S
+
+
+class Writing:
+    """Writes behind the forwards who was given which Task, many at once; forgets what is old."""
+
+    def __init__(self, settings: Settings, copies: Copies, store: Store) -> None:
+        self._settings = settings
+        self._owners = copies.owners
+        self._store = store
+        self._written_at = float("-inf")
+        self._forgotten_at = float("-inf")
+        self.loop = Loop("task_owners", self.run_once)
+        self._owners.wake = self.loop.wake
+
+    async def run_once(self) -> float:
+        now = time.monotonic()
+        wait_s = self._written_at + self._settings.task_owner_pause_s - now
+        if wait_s > 0 and self._owners.unwritten:
+            return wait_s
+        self._written_at = now
+        await self._write()
+        if now - self._forgotten_at > _FORGET_S:
+            await self._store.forget_task_owners(self._settings.task_owner_keep_s)
+            self._forgotten_at = now
+        return self._settings.task_owner_pause_s if self._owners.unwritten else _IDLE_S
+
+    async def close(self) -> None:
+        """Write what is left; a registry that is away does not hold up the end."""
+        try:
+            async with asyncio.timeout(_LAST_WRITE_S):
+                while self._owners.unwritten:
+                    await self._write()
+        except Exception as error:
+            if classify(error) is None:
+                raise
+            log.warning("task_owners_not_written", count=self._owners.unwritten)
+
+    async def _write(self) -> None:
+        taken = self._owners.take_unwritten(_WRITTEN_MAX)
+        if not taken:
+            return
+        try:
+            await self._store.insert_task_owners(taken)
+        except BaseException:
+            self._owners.put_back(taken)
+            raise
+        if self._owners.dropped:
+            log.error("task_owners_forgotten", count=self._owners.dropped)
+            self._owners.dropped = 0

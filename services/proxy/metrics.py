@@ -17,7 +17,8 @@ REFUSALS = (
     "token_unchecked", "hops_unreadable", "too_many_hops", "priority_not_allowed", "key_in_flight", "queue_full",
     "share_exceeded", "body_too_large", "body_slow", "body_cut", "not_json_rpc", "bad_value", "not_kept",
     "keep_unknown", "key_conflict", "twin_lost", "twin_too_large", "item_unknown", "not_yet_visible", "queue_away",
-    "not_cancelable", "no_agent", "starting", "stopping", "registry_away", "internal_error",
+    "not_cancelable", "no_agent", "owner_unchecked", "answer_unreadable", "starting", "stopping",
+    "registry_away", "internal_error",
 )  # fmt: skip
 
 REQUESTS = Counter("bide_proxy_requests_total", "Requests by route and what became of them", ["route", "outcome"])

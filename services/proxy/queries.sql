@@ -78,3 +78,12 @@ WHERE workspace_id = $1 RETURNING *, extract(epoch FROM booted_at)::float8 AS bo
 UPDATE workspaces SET removed_at = now(), token_hash = sha256(gen_random_uuid()::text::bytea), agent_authorization = NULL,
   rev = rev + 1
 WHERE workspace_id = $1 AND removed_at IS NULL RETURNING *, extract(epoch FROM booted_at)::float8 AS booted_epoch
+
+-- name: insert_task_owners
+INSERT INTO task_owners (task_hash, caller_hash) SELECT * FROM unnest($1::bytea[], $2::bytea[]) ON CONFLICT DO NOTHING
+
+-- name: find_task_owners
+SELECT task_hash, caller_hash FROM task_owners WHERE task_hash = ANY($1::bytea[])
+
+-- name: forget_task_owners
+DELETE FROM task_owners WHERE told_at < now() - make_interval(secs => $1)

@@ -41,6 +41,10 @@ class Settings(SharedSettings):
     """The longest live forward."""
     caller_stall_s: float = Field(default=60.0, gt=0)
     """A caller that takes no byte for this long is treated as gone; its forward is finished without it."""
+    task_owner_keep_s: float = Field(default=7 * 86_400.0, gt=0)
+    """How long it is remembered whose an agent's Task is; after that its agent alone says who may ask for it."""
+    task_owner_pause_s: float = Field(default=0.1, gt=0)
+    """The least time between two writes of it."""
     token_unknown_s: float = Field(default=5.0, ge=0)
     """How long an unknown token is remembered as unknown, so that it costs one look-up."""
     key_fresh_s: float = Field(default=30.0, ge=0)

@@ -79,6 +79,22 @@ class Store:
     async def insert_caller(self, digest: bytes, caller_id: str, rights: Sequence[str]) -> None:
         await self._pool.execute(SQL["insert_caller"], digest, caller_id, list(rights))
 
+    async def insert_task_owners(self, owners: Sequence[tuple[bytes, bytes]]) -> None:
+        """Remember which Task was given to which caller; said twice it is once."""
+        await self._pool.execute(
+            SQL["insert_task_owners"], [task for task, _ in owners], [whose for _, whose in owners]
+        )
+
+    async def find_task_owners(self, task_hashes: Sequence[bytes]) -> dict[bytes, set[bytes]]:
+        """Who was given each of these Tasks."""
+        found: dict[bytes, set[bytes]] = {}
+        for row in await self._pool.fetch(SQL["find_task_owners"], list(task_hashes)):
+            found.setdefault(row["task_hash"], set()).add(row["caller_hash"])
+        return found
+
+    async def forget_task_owners(self, older_than_s: float) -> None:
+        await self._pool.execute(SQL["forget_task_owners"], older_than_s)
+
     async def register(self, enrolment: Enrolment, audit: Audit | None) -> tuple[Workspace, bool] | None:
         """Enrol or renew: the row and whether it is new. None: removed, or a process of the past."""
 

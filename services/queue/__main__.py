@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 from services.queue.answers import Answers
+from services.queue.aside import end_unreadable
 from services.queue.drain import Drain
 from services.queue.handlers import Handlers
 from services.queue.loops import Loops
 from services.queue.settings import Settings
 from shared.addresses import AddressRules
 from shared.agents import Agents
+from shared.database import open_pool
 from shared.facts import (
     MessageBusy,
     ProxyBeat,
@@ -28,13 +30,14 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 async def main(settings: Settings) -> None:
-    async with running("queue", settings, MIGRATIONS) as service:
+    one = settings.model_copy(update={"database_pool_max": 1})
+    async with running("queue", settings, MIGRATIONS) as service, open_pool(one) as own:
         agents = Agents(AddressRules(allow_loopback=settings.allow_loopback))
         drain = Drain(settings, service.pool, service.publisher, agents, told=service.relay.wake)
         handlers = Handlers(settings, service.publisher, drain)
-        answers = Answers(service.publisher, drain)
-        loops = Loops(settings, service.pool, service.publisher, drain)
-        service.reader.store(MessageBusy, handlers.message_busy)
+        loops = Loops(settings, service.pool, own, service.publisher, drain)
+        answers = Answers(service.publisher, drain, loops.snapshots.wake)
+        service.reader.store(MessageBusy, handlers.message_busy, aside=end_unreadable)
         service.reader.store(WorkspaceHeartbeat, handlers.heartbeats)
         service.reader.store(ProxyBeat, handlers.proxy_beats)
         service.reader.store(WorkspaceRegistered, handlers.registered)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -39,10 +39,18 @@ class Answers:
 
     publisher: Publisher
     drain: Drain
+    tell_backlogs: Callable[[], None] = lambda: None
+    """Wakes whoever tells every backlog."""
 
     async def query(self, connection: Connection, facts: Sequence[QueueQuery]) -> Tell:
         """Answer each question; what came too late is refused, so that a command is never a surprise."""
         answered = []
+        # All workspaces that this batch cancels in, at once and in key order: one after the other they would be locked
+        # in the order of the items, and meet a turn that comes the other way.
+        canceling = [fact.queue_id for fact in facts if fact.verb == "cancel" and fact.queue_id is not None]
+        if canceling:
+            known = await store.find_ids(connection, canceling)
+            await store.lock(connection, {each.workspace_id for each in known.values()})
         for fact in sorted(facts, key=lambda fact: str(fact.queue_id)):
             status, body = await _answer(connection, fact)
             encoded = json.dumps(body).encode()
@@ -54,6 +62,8 @@ class Answers:
         def tell() -> None:
             for reply_to, reply in answered:
                 self.publisher.post(reply, to=reply_to)
+            if any(fact.verb == "snapshot" for fact in facts):
+                self.tell_backlogs()
 
         return tell
 
@@ -61,15 +71,7 @@ class Answers:
 async def _answer(connection: Connection, fact: QueueQuery) -> Answer:
     if fact.expires_at < datetime.now(UTC):
         return 408, _problem("too_late", "The request came after its own deadline; nothing was done. Send it again.")
-    match fact.verb:
-        case "item":
-            return await _item(connection, fact)
-        case "answer":
-            return await _whole_answer(connection, fact)
-        case "list":
-            return await _list(connection, fact)
-        case "cancel":
-            return await _cancel(connection, fact)
+    return await _VERBS[fact.verb](connection, fact)
 
 
 def _problem(code: str, detail: str) -> dict[str, str]:
@@ -107,6 +109,12 @@ async def _whole_answer(connection: Connection, fact: QueueQuery) -> Answer:
     if row["answer"] is None:
         return 404, _problem("no_answer", f"The item is {row['status']} and has no answer.")
     return 200, {"answer_base64": base64.b64encode(row["answer"]).decode()}
+
+
+async def _known(connection: Connection, fact: QueueQuery) -> Answer:
+    """Whether the id, or the key, stands for an item of this caller: then a message with it takes no new place."""
+    about = (fact.workspace_id, fact.caller_hash, fact.queue_id, fact.key_hash)
+    return (200, {}) if await connection.fetchval(SQL["is_known"], *about) else _UNKNOWN
 
 
 async def _list(connection: Connection, fact: QueueQuery) -> Answer:
@@ -165,13 +173,11 @@ async def _cancel(connection: Connection, fact: QueueQuery) -> Answer:
     row = await _find(connection, fact)
     if row is None:
         return _UNKNOWN
-    if row["status"] == "queued" and await end_waiting(
-        connection, [(row["queue_id"], row["workspace_id"])], "canceled", "canceled"
-    ):
+    # Whatever we have just read: under the lock that this takes it is neither claimed nor sent back any more.
+    if await end_waiting(connection, [(row["queue_id"], row["workspace_id"])], "canceled", "canceled"):
         return await _item(connection, fact)
     if row["status"] == "canceled":
         return await _item(connection, fact)  # said twice: the same answer
-    await store.lock(connection, [row["workspace_id"]])
     if await connection.fetchval(SQL["ask_cancel"], row["queue_id"]) is not None:
         _, body = await _item(connection, fact)
         detail = "Its agent has it. The cancel is remembered and passed on as soon as the agent has named its task."
@@ -219,3 +225,17 @@ def _json(answer: bytes) -> Any:
 
 def _iso(moment: datetime | None) -> str | None:
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z") if moment is not None else None
+
+
+async def _snapshot(_connection: Connection, _fact: QueueQuery) -> Answer:
+    return 200, {}  # it comes to everybody, by its own way
+
+
+_VERBS: Mapping[str, Callable[[Connection, QueueQuery], Awaitable[Answer]]] = {
+    "item": _item,
+    "answer": _whole_answer,
+    "list": _list,
+    "cancel": _cancel,
+    "known": _known,
+    "snapshot": _snapshot,
+}

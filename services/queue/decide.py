@@ -56,7 +56,8 @@ class Workspace:
     running: int = 0
     started_since: int = 0
     ended_since: int = 0
-    recent_ended: tuple[float, ...] = ()
+    recent_ended: tuple[tuple[float, float], ...] = ()
+    """(begun, ended) of our newest deliveries that are over; ended 0: it may still run there."""
     forwards: Mapping[str, Forwards] = field(default_factory=dict)
     not_before: float | None = None
     busy_streak: int = 0
@@ -127,11 +128,12 @@ def hear_beat(
 ) -> Workspace:
     """Apply a heartbeat; an older one, or one of an older incarnation, changes nothing.
 
-    `begun_after`: our running deliveries that began after the beat came in, while it was on its way to us.
+    `begun_after`: our running deliveries that began after the beat came in, while it was on its way to us. Some may
+    have ended again meanwhile: of those, too, both the begin and the end are counted.
     """
-    if incarnation < workspace.incarnation or rev <= workspace.beat_rev:
+    if incarnation < workspace.incarnation or (incarnation == workspace.incarnation and rev <= workspace.beat_rev):
         return workspace
-    recent = tuple(end for end in workspace.recent_ended if counts_as_ended(end, at))
+    recent = tuple(each for each in workspace.recent_ended if each[0] > at or counts_as_ended(each[1], at))
     heard = replace(
         workspace,
         incarnation=incarnation,
@@ -140,8 +142,8 @@ def hear_beat(
         beat_active=active,
         beat_cadence_s=cadence_s,
         max_concurrent=maximum or workspace.max_concurrent,
-        started_since=begun_after,
-        ended_since=len(recent),
+        started_since=begun_after + sum(begun > at for begun, _ in recent),
+        ended_since=sum(counts_as_ended(end, at) for _, end in recent),
         recent_ended=recent,
         rev=workspace.rev + 1,
     )
@@ -155,10 +157,8 @@ def hear_forwards(workspace: Workspace, proxy_id: str, forwards: Forwards) -> Wo
     if known is not None and forwards.rev <= known.rev:
         return workspace
     living = {name: each for name, each in workspace.forwards.items() if forwards.at - each.at < 4 * FORWARDS_FRESH_S}
-    living.pop(proxy_id, None)
-    if forwards.running or forwards.ended:
-        living[proxy_id] = forwards
-    return replace(workspace, forwards=living, rev=workspace.rev + 1)
+    # Also when it has none left: an older beat that comes late, with a kept message, must not bring them back.
+    return replace(workspace, forwards={**living, proxy_id: forwards}, rev=workspace.rev + 1)
 
 
 def keep(workspace: Workspace, place: Place) -> Workspace:
@@ -196,14 +196,15 @@ def end(
     ended = replace(workspace, running=workspace.running - 1, rev=workspace.rev + 1)
     if back_at is not None:
         ended = keep(ended, back_at)
+    newest = max(1, min(_KEPT_ENDS_MAX, ended.max_concurrent))
     match ending:
         case Ending.ANSWERED:
-            newest = max(1, min(_KEPT_ENDS_MAX, ended.max_concurrent))
-            return replace(ended, ended_since=ended.ended_since + 1, recent_ended=(*ended.recent_ended, now)[-newest:])
+            recent = (*ended.recent_ended, (begun_at, now))[-newest:]
+            return replace(ended, ended_since=ended.ended_since + 1, recent_ended=recent)
         case Ending.NEITHER:
             return replace(ended, started_since=max(0, ended.started_since - 1)) if after_beat else ended
         case Ending.UNKNOWN:
-            return ended
+            return replace(ended, recent_ended=(*ended.recent_ended, (begun_at, 0.0))[-newest:])
 
 
 # ── what becomes of an item ──────────────────────────────────────────────────────────────────────────────────────────
@@ -255,6 +256,8 @@ class Finish:
     status: ItemStatus
     reason: str | None
     ending: Ending
+    attempts: int = 0
+    """Whether this delivery itself counts against the limit: 1 or 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +294,7 @@ def fate(
     decided = _fate(reply, attempts, deaths, at_most_once=at_most_once, limits=(attempts_max, deaths_max))
     if isinstance(decided, Requeue) and cancel_requested:
         # A row that would return to the queue with a cancel on it ends instead.
-        return Finish(ItemStatus.CANCELED, "canceled", decided.ending)
+        return Finish(ItemStatus.CANCELED, "canceled", decided.ending, decided.attempts)
     return decided
 
 
@@ -317,12 +320,12 @@ def _fate(reply: Reply, attempts: int, deaths: int, *, at_most_once: bool, limit
     if isinstance(decided, Finish):
         return decided
     if at_most_once and reply in {"unknown", "owner_died"}:
-        return Finish(ItemStatus.FAILED, "delivery_unknown", decided.ending)
+        return Finish(ItemStatus.FAILED, "delivery_unknown", decided.ending, decided.attempts)
     if decided.deaths and deaths + decided.deaths >= deaths_max:
-        return Finish(ItemStatus.FAILED, "poison", decided.ending)
+        return Finish(ItemStatus.FAILED, "poison", decided.ending, decided.attempts)
     # The death of our own replica says nothing about the message: it never fails one.
     if decided.row_wait and attempts + decided.attempts >= attempts_max:
-        return Finish(ItemStatus.FAILED, "attempts", decided.ending)
+        return Finish(ItemStatus.FAILED, "attempts", decided.ending, decided.attempts)
     return decided
 
 

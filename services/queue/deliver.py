@@ -23,7 +23,7 @@ from services.queue.settings import Settings
 from shared.a2a import Envelope, Verb, parse
 from shared.agents import AgentError, Agents, Limits
 from shared.facts import EvidenceKind
-from shared.replies import Answer, Outcome, Verdict, classify
+from shared.replies import Answer, Fault, Outcome, Verdict, classify
 from shared.results import read_result
 from shared.telemetry import log
 
@@ -74,6 +74,7 @@ class Delivery:
         self._cancel_sent = False
         self._task_known: TaskKnown | None = None
         self._envelope = parse(item.body)
+        self._begun = time.monotonic()  # not the row's moment, which is another clock's
 
     async def run(self, task_known: TaskKnown) -> Ending:
         """Deliver; an accepted Task is followed to its end, within the ceiling."""
@@ -106,6 +107,8 @@ class Delivery:
     def _ending(self, verdict: Verdict, answer: bytes | None) -> Ending:
         # A Task that was accepted without an id cannot be followed.
         reply = _REPLIES.get(verdict.outcome, "unknown")
+        if reply == "unknown" and verdict.reason == Fault.TOTAL_TIMEOUT:
+            reply = "ceiling"  # we ended it: to send it again would only begin another turn of the longest length
         kept = answer if reply in {"delivered", "refused", "failed_attempt"} else None
         error = None if reply == "delivered" else verdict.text
         return Ending(self.item, reply, kept, error, verdict.retry_after_s, verdict.evidence)
@@ -113,8 +116,8 @@ class Delivery:
     async def _follow(self, task_id: str) -> Ending | None:
         """Ask for the task until it has ended; None: the agent does not know it. A failed poll says nothing."""
         pause_s = self._settings.follow_min_s
-        deadline = self.item.dispatched_at + self._longest_s()
-        while time.time() < deadline:
+        deadline = self._begun + self._longest_s()
+        while time.monotonic() < deadline:
             await self._tell_task(task_id)
             if self._cancel_asked and not self._cancel_sent:
                 await self._send_cancel(task_id)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
+from uuid import UUID
 
 from services.queue import decide, store
 from services.queue.decide import Finish, Item, Requeue, Workspace
@@ -42,6 +43,8 @@ class Turn:
 
     items: Sequence[Item]
     facts: Sequence[Fact]
+    claimed_at: float
+    """`time.monotonic()` before the claim: from then on the items were ours, if they were."""
 
 
 class Drain:
@@ -67,6 +70,8 @@ class Drain:
         self._stopping = False
         self._one_turn = asyncio.Lock()
         self._singly = 0
+        self.turns_begun = 0
+        self.turns_ended = 0
         self.running: dict[tuple[str, int], tuple[Delivery, asyncio.Task[None]]] = {}
         self.loop = Loop("drain", self.run_once)
 
@@ -92,28 +97,28 @@ class Drain:
     async def run_once(self, now: datetime | None = None) -> float:
         """Settle and claim once; return 0 while there is more."""
         async with self._one_turn:
-            return await self._run_once(now)
+            self.turns_begun += 1
+            try:
+                return await self._run_once(now)
+            finally:
+                self.turns_ended += 1
 
     async def _run_once(self, now: datetime | None) -> float:
-        most = 1 if self._singly else TURN_ENDINGS_MAX
+        alone = self._singly > 0
         self._singly = max(0, self._singly - 1)
-        endings = list(islice(self._endings.values(), most))
-        ready = list(self._ready)[:TURN_WORKSPACES_MAX]
+        endings = _one_each(islice(self._endings.values(), 1 if alone else TURN_ENDINGS_MAX))
+        ready = [] if alone and endings else list(self._ready)[: 1 if alone else TURN_WORKSPACES_MAX]
         if not endings and not ready:
             return self._settings.sweep_s
         room = 0 if self._stopping else self._settings.deliveries_max - len(self.running)
         try:
             turn = await transact(self._pool, lambda connection: self._turn(connection, endings, ready, room, now))
         except Exception as error:
-            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT) or len(endings) <= 1:
-                if endings and classify(error) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
-                    # It cannot be written as it is. Its row is still ours: `reread` finds it and writes it back.
-                    log.exception("ending_dropped", queue_id=str(endings[0].item.queue_id))
-                    self._endings.pop(key_of(endings[0].item), None)
+            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                 raise
-            # One of them cannot be written: it must not keep the others.
-            log.warning("turn_repeated_singly", error=f"{type(error).__name__}: {error}"[:300])
-            self._singly = len(endings)
+            self._part(endings, ready, alone=alone, error=f"{type(error).__name__}: {error}"[:300])
+            if alone and classify(error) is not Trouble.DATA:
+                raise  # a bug of ours, which may meet every turn: each that it costs shall cost time
             return 0
         for ending in endings:
             self._endings.pop(key_of(ending.item), None)
@@ -123,8 +128,33 @@ class Drain:
         for fact in turn.facts:
             self._publisher.post(fact)
         for item in turn.items:
-            self._start(item)
+            if self._may_be_lost(turn):
+                self.settle(Ending(item, "written_back", error="we stood still between its claim and its delivery"))
+            else:
+                self._start(item)
         return 0 if self._endings or self._ready else self._settings.sweep_s
+
+    def _part(self, endings: Sequence[Ending], ready: Sequence[str], *, alone: bool, error: str) -> None:
+        """One of these cannot be written: repeat them one by one, and let go of what fails alone (B-08).
+
+        Nothing is lost with it: the row of an ending is still ours, so `reread` writes it back; a sweep names the
+        workspace again. There is no pause for data: five hundred of them would keep everybody else's for an hour.
+        """
+        if not alone:
+            log.warning("turn_repeated_singly", error=error)
+            self._singly = len(endings) + len(ready)
+            return
+        for ending in endings:
+            log.error("ending_dropped", queue_id=str(ending.item.queue_id), error=error)
+            self._endings.pop(key_of(ending.item), None)
+        for name in ready:
+            log.error("claim_failed", workspace_id=name, error=error)
+            self._ready.pop(name, None)
+
+    def _may_be_lost(self, turn: Turn) -> bool:
+        """Whether another replica may have judged us silent since the claim, and have delivered what we would now."""
+        settings = self._settings
+        return time.monotonic() - turn.claimed_at >= settings.owner_silent_s - settings.owner_beat_s
 
     async def _turn(
         self, connection: Connection, endings: Sequence[Ending], ready: Sequence[str], room: int, now: datetime | None
@@ -133,7 +163,7 @@ class Drain:
         before = await store.lock(connection, names)
         moment = await store.clock(connection, now)
         after = dict(before)
-        canceled = await store.find_canceled(connection, [ending.item.queue_id for ending in endings])
+        canceled = await store.canceled(connection, [ending.item.queue_id for ending in endings])
         settled = [
             self._settled(ending, before[ending.item.workspace_id], canceled=ending.item.queue_id in canceled)
             for ending in endings
@@ -151,6 +181,7 @@ class Drain:
             if free > 0:
                 spare[name] = free
                 room -= free
+        claimed_at = time.monotonic()
         items, first = await store.claim(connection, spare, after, self._settings.replica_id, now)
         for item in items:
             after[item.workspace_id] = decide.begin(after[item.workspace_id], 1, first[item.workspace_id])
@@ -170,7 +201,7 @@ class Drain:
             )
             for item in items
         ]
-        return Turn(items, [*begun, *backlogs])
+        return Turn(items, [*begun, *backlogs], claimed_at)
 
     def _settled(self, ending: Ending, workspace: Workspace, *, canceled: bool) -> Settled:
         item = ending.item
@@ -258,6 +289,14 @@ def key_of(item: Item) -> tuple[str, int]:
     return (str(item.queue_id), item.delivery_no)
 
 
+def _one_each(endings: Iterable[Ending]) -> list[Ending]:
+    """The first ending of each item: what an earlier delivery of it came to is not mixed up with a later one's."""
+    first: dict[UUID, Ending] = {}
+    for ending in endings:
+        first.setdefault(ending.item.queue_id, ending)
+    return list(first.values())
+
+
 def account(workspace: Workspace, settled: Settled, row: store.Ended, now: float) -> Workspace:
     """Bring a workspace up to date with one item that ended or went back."""
     fate = settled.fate
@@ -299,6 +338,8 @@ async def read_backlogs(
 
 
 async def backlogs(connection: Connection, workspaces: Mapping[str, Workspace], now: float) -> dict[str, Backlog]:
+    if not workspaces:
+        return {}  # each question costs its round trip while rows are locked
     running: dict[str, list[Running]] = {name: [] for name in workspaces}
     for row in await store.running(connection, workspaces.values()):
         session = f"{row['queue_id']}:{row['delivery_no']}"

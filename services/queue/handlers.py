@@ -48,20 +48,22 @@ class Handlers:
     async def message_busy(self, connection: Connection, facts: Sequence[MessageBusy]) -> Tell:
         """Keep messages: each becomes an item, or is found to be one that is kept already."""
         before = await store.lock(connection, {fact.workspace_id for fact in facts})
-        ordered = sorted(facts, key=lambda fact: (fact.fact_id, fact.queue_id))
-        after = _hear_beats(before, [fact.beat for fact in ordered if fact.beat is not None])
-        kept = await keep(connection, ordered, after, self.settings.idempotency_keep_s)
+        after = _hear_beats(before, [fact.beat for fact in facts if fact.beat is not None])
         replies: list[tuple[str, ItemKept]] = []
-        for fact in ordered:
-            workspace = after[fact.workspace_id]
-            if fact.queue_id in kept.new:
-                workspace = decide.keep(workspace, store.place_of(fact))
-                after[fact.workspace_id] = workspace
-            if fact.reply_to is not None:
-                replies.append((fact.reply_to, _reply(fact, kept, workspace.waiting)))
+        ended: list[ItemChanged] = []
+        for part in _parts(facts):
+            kept = await keep(connection, part, after, self.settings.idempotency_keep_s)
+            ended += kept.ended
+            for fact in part:
+                workspace = after[fact.workspace_id]
+                if fact.queue_id in kept.new:
+                    workspace = decide.keep(workspace, store.place_of(fact))
+                    after[fact.workspace_id] = workspace
+                if fact.reply_to is not None:
+                    replies.append((fact.reply_to, _reply(fact, kept, workspace.waiting)))
         await store.save(connection, before, after)
-        if kept.ended:
-            await outbox.add(connection, kept.ended)
+        if ended:
+            await outbox.add(connection, ended)
         backlogs = await self._backlogs(connection, before, after)
 
         def tell() -> None:
@@ -133,7 +135,7 @@ class Handlers:
         self, connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]
     ) -> list[WorkspaceBacklog]:
         moved = {name: workspace for name, workspace in after.items() if workspace != before[name]}
-        return await read_backlogs(connection, moved, await store.clock(connection, None))
+        return await read_backlogs(connection, moved, await store.clock(connection, None)) if moved else []
 
     def _tell(self, backlogs: Sequence[WorkspaceBacklog], after: Mapping[str, Workspace]) -> None:
         for backlog in backlogs:
@@ -193,13 +195,14 @@ def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
         paused=fact.paused or fact.desired == "stopped",
         removed=False,
         incarnation=max(fact.incarnation, workspace.incarnation),
-        beat_cadence_s=fact.heartbeat_interval_s,
+        # What the agent's own beat said of its cadence outlasts what was registered, in whichever order they come.
+        beat_cadence_s=fact.heartbeat_interval_s if new_life or workspace.beat_at is None else workspace.beat_cadence_s,
         rev=workspace.rev + 1,
     )
     if not new_life:
         return taken_over
     # What the last life said of itself is void, and so is that it was busy.
-    return replace(taken_over, beat_at=None, beat_active=0, not_before=None, busy_streak=0)
+    return replace(taken_over, beat_rev=0, beat_at=None, beat_active=0, not_before=None, busy_streak=0)
 
 
 # ── keeping ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,10 +219,24 @@ class Kept:
     ended: list[ItemChanged]
 
 
+def _parts(facts: Sequence[MessageBusy]) -> list[list[MessageBusy]]:
+    """Split a batch so that no id stands twice in a part: who brings one back meets what the part before has kept.
+
+    In the order in which the messages were read; nearly always it is one part.
+    """
+    parts: list[dict[UUID, MessageBusy]] = []
+    for fact in sorted(facts, key=lambda fact: (fact.queue_id, fact.fact_id)):
+        part = next((part for part in parts if fact.queue_id not in part), None)
+        if part is None:
+            parts.append(part := {})
+        part[fact.queue_id] = fact
+    return [list(part.values()) for part in parts]
+
+
 async def keep(
     connection: Connection, facts: Sequence[MessageBusy], workspaces: Mapping[str, Workspace], keep_s: float
 ) -> Kept:
-    """Insert what is new; find the item of what is not. The caller holds the workspaces' locks."""
+    """Insert what is new; find the item of what is not. No id stands twice; the caller holds the workspaces' locks."""
     same_id = await store.find_ids(connection, [fact.queue_id for fact in facts])
     known: dict[UUID, Known] = {fact.queue_id: same_id[fact.queue_id] for fact in facts if fact.queue_id in same_id}
     explicit = [fact for fact in facts if fact.explicit_key and fact.queue_id not in known]

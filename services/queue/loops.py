@@ -1,7 +1,8 @@
-"""What queue does by the clock: sweeps, endings, owners, snapshots, and re-reading its own deliveries."""
+"""What queue does by the clock: sweeps, counters, endings, owners, snapshots, and re-reading its own deliveries."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -11,6 +12,7 @@ import asyncpg
 from uuid_utils.compat import uuid7
 
 from services.queue import store
+from services.queue.decide import Workspace
 from services.queue.deliver import Ending
 from services.queue.drain import Drain, backlogs
 from services.queue.metrics import ENDED, OWNERS_LOST, RECONCILED
@@ -18,12 +20,14 @@ from services.queue.settings import Settings
 from services.queue.store import SQL
 from shared import outbox
 from shared.broker import Publisher
-from shared.database import Connection, Pool, transact
+from shared.database import Connection, Pool, Trouble, classify, transact
 from shared.facts import BacklogSnapshot, ItemChanged, ItemStatus, NamedBacklog
 from shared.loops import Loop
 from shared.telemetry import log
 
 _PAGE = 500
+_COUNT_MAX = 1001
+"""Waiting items that a look at a counter counts in one workspace: one more than the depth at which proxies refuse."""
 _SNAPSHOT_PART = 200
 
 
@@ -33,56 +37,113 @@ class Loops:
 
     settings: Settings
     pool: Pool
+    own: Pool
+    """Connections that nothing else of this replica waits for: its beats need one whatever the others do."""
     publisher: Publisher
     drain: Drain
     _page_after: str = ""
+    _counted_after: str = ""
+    _lost_after: UUID | None = None
+    _ended_after: tuple[datetime | None, UUID | None] = (None, None)
     _snapshots: int = 0
-    _orphans: set[tuple[str, int]] = field(default_factory=set)
+    _snapshot_at: float = float("-inf")
+    snapshots: Loop = field(init=False)
+    """Woken by whoever needs a snapshot at once."""
+    _orphans: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.snapshots = Loop("snapshot", self.snapshot)
 
     def all(self) -> list[Loop]:
         return [
             Loop("sweep", self.sweep),
+            Loop("reconcile", self.reconcile),
             Loop("endings", self.end_due),
+            Loop("pulse", self.pulse),
             Loop("owner", self.beat),
             Loop("reread", self.reread),
-            Loop("snapshot", self.snapshot),
+            self.snapshots,
         ]
 
     async def sweep(self) -> float:
-        """Look at workspaces that wait, page by page; a lost wake-up costs one sweep. Hold counters against rows."""
+        """Look at workspaces that wait, page by page; a lost wake-up costs one sweep."""
         rows = await self.pool.fetch(SQL["waiting_workspaces"], self._page_after, _PAGE)
         names = [row["workspace_id"] for row in rows]
         self._page_after = names[-1] if len(names) == _PAGE else ""
         self.drain.wake(names)
-        await transact(self.pool, lambda connection: self._reconcile(connection, names))
         return 0.0 if self._page_after else self.settings.sweep_s
 
-    async def _reconcile(self, connection: Connection, names: Sequence[str]) -> None:
-        """B-06: a counter that leaked would close a workspace for ever. Read first, lock only what differs."""
-        true = {row["workspace_id"]: row for row in await connection.fetch(SQL["count_items"], names)}
+    async def reconcile(self) -> float:
+        """Hold counters against rows, page by page (B-06).
+
+        A counter that leaked would close a workspace for ever, and one that is wrongly 0 hides its items from every
+        sweep. Nothing is known to break them, so one looks rarely, reads without a lock, and locks only what differs.
+        Waiting rows are counted up to a bound, or a look would cost the whole backlog: a counter that is wrong while
+        both it and the truth are above the bound delays nobody, and is found when it comes down.
+        """
+        rows = await self.pool.fetch(SQL["counted_workspaces"], self._counted_after, _PAGE)
+        names = [row["workspace_id"] for row in rows]
+        wrong = await transact(self.pool, lambda connection: self._correct(connection, names))
+        self._counted_after = names[-1] if len(names) == _PAGE else ""
+        self.drain.wake(wrong)
+        return 0.0 if self._counted_after else self.settings.reconcile_s
+
+    async def _correct(self, connection: Connection, names: Sequence[str]) -> list[str]:
+        rows = await connection.fetch(SQL["count_items"], names, _COUNT_MAX)
         said = await store.read(connection, names)
-        wrong = [name for name in names if _differs(said[name].waiting, said[name].running, true.get(name))]
-        if not wrong:
-            return
-        before = await store.lock(connection, wrong)
-        true = {row["workspace_id"]: row for row in await connection.fetch(SQL["count_items"], wrong)}
+        suspect = [row["workspace_id"] for row in rows if _differs(said.get(row["workspace_id"]), row)]
+        if not suspect:
+            return []
+        before = await store.lock(connection, suspect)
         after = dict(before)
-        for name, workspace in before.items():
-            row = true.get(name)
-            if _differs(workspace.waiting, workspace.running, row):
-                waiting, running = (row["waiting"], row["running"]) if row else (0, 0)
-                after[name] = replace(workspace, waiting=waiting, running=running, rev=workspace.rev + 1)
-                RECONCILED.inc()
-                log.error("counters_corrected", workspace_id=name, was=(workspace.waiting, workspace.running))
+        wrong: list[str] = []
+        for row in await connection.fetch(SQL["count_items"], suspect, None):
+            name, workspace = row["workspace_id"], before[row["workspace_id"]]
+            if (workspace.waiting, workspace.running) == (row["waiting"], row["running"]):
+                continue  # it was read while it changed
+            wrong.append(name)
+            after[name] = replace(workspace, waiting=row["waiting"], running=row["running"], rev=workspace.rev + 1)
+            RECONCILED.inc()
+            log.error("counters_corrected", workspace_id=name, was=(workspace.waiting, workspace.running))
         await store.save(connection, before, after)
+        return wrong
 
     async def end_due(self, now: datetime | None = None) -> float:
         """End what waited past its time: expired, or given up on."""
-        rows = await self.pool.fetch(SQL["ending_items"], now)
-        if rows:
-            ended = [(row["queue_id"], row["workspace_id"]) for row in rows]
-            await transact(self.pool, lambda connection: end_waiting(connection, ended, "expired", "expired"))
-        return 0.0 if len(rows) == _PAGE else self.settings.sweep_s
+        rows = await self.pool.fetch(SQL["ending_items"], now, *self._ended_after, _PAGE)
+        due = [(row["queue_id"], row["workspace_id"]) for row in rows]
+        try:
+            await self._expire(due)
+        except Exception as error:
+            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                raise
+            await self._expire_singly(due)
+        full = len(rows) == _PAGE
+        self._ended_after = (rows[-1]["due_at"], rows[-1]["queue_id"]) if full else (None, None)
+        return 0.0 if full else self.settings.sweep_s
+
+    async def _expire(self, due: Sequence[tuple[UUID, str]]) -> None:
+        if due:
+            await transact(self.pool, lambda connection: end_waiting(connection, due, "expired", "expired"))
+
+    async def _expire_singly(self, due: Sequence[tuple[UUID, str]]) -> None:
+        """One of them cannot be written: it must not keep the others (B-08)."""
+        for item in due:
+            try:
+                await self._expire([item])
+            except Exception as error:
+                if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                    raise
+                log.exception("expiry_failed", queue_id=str(item[0]))
+
+    async def pulse(self) -> float:
+        """Say that this replica lives, and nothing else.
+
+        On a connection of its own: handlers that wait for a lock may hold the whole pool for longer than an owner may
+        be silent, and the deliveries of a replica that lives would be run twice (B-09).
+        """
+        await self.own.execute(SQL["beat_replica"], self.settings.replica_id, self.settings.owner_silent_s)
+        return self.settings.owner_beat_s
 
     async def beat(self, now: datetime | None = None) -> float:
         """Say that this replica lives; take the deliveries of those that do not.
@@ -93,13 +154,16 @@ class Loops:
         may_judge = await self.pool.fetchval(SQL["beat_replica"], self.settings.replica_id, silent_s)
         if may_judge or now is not None:
             async with self.pool.acquire() as connection:
-                lost = await store.find_lost(connection, self.settings.replica_id, silent_s, now)
+                lost = await store.find_lost(
+                    connection, self.settings.replica_id, silent_s, now, after=self._lost_after, most=_PAGE
+                )
             for item in lost:
                 OWNERS_LOST.inc()
                 log.warning("owner_lost", queue_id=str(item.queue_id), delivery_no=item.delivery_no)
                 self.drain.settle(Ending(item, "owner_died", error="the replica that delivered it died"))
+            self._lost_after = lost[-1].queue_id if len(lost) == _PAGE else None
             await self.pool.execute(SQL["forget_replicas"], silent_s * 10)
-        return self.settings.owner_beat_s
+        return 0.0 if self._lost_after else self.settings.owner_beat_s
 
     async def leave(self) -> None:
         """Say that this replica has stopped in order: nobody has to wait for its silence."""
@@ -129,16 +193,24 @@ class Loops:
     def _adopt(self, orphans: dict[tuple[str, int], asyncpg.Record]) -> None:
         """Write back rows that are ours and that nobody here delivers: a claim whose commit was never confirmed.
 
-        Seen at two rereads in a row, for a turn may be about to begin them.
+        Seen at two rereads in a row, and the turn that was under way at the first has ended: it may be about to begin
+        them, when Postgres was slow to confirm its commit.
         """
-        for key in orphans.keys() & self._orphans:
+        seen = {key: self._orphans.get(key, self.drain.turns_begun) for key in orphans}
+        for key in orphans.keys() & self._orphans.keys():
+            if self.drain.turns_ended < seen[key]:
+                continue
             log.warning("delivery_adopted", queue_id=key[0], delivery_no=key[1])
             item = store.item_of(orphans[key])
             self.drain.settle(Ending(item, "written_back", error="its claim was never confirmed to us"))
-        self._orphans = set(orphans)
+        self._orphans = seen
 
     async def snapshot(self) -> float:
         """Tell every backlog, also when there is none: whoever is left out has nothing waiting or running."""
+        wait_s = self._snapshot_at + min(self.settings.snapshot_pause_s, self.settings.snapshot_s) - time.monotonic()
+        if wait_s > 0:
+            return wait_s  # one serves all who ask meanwhile
+        self._snapshot_at = time.monotonic()
         read_at = datetime.now().astimezone()
         async with self.pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
             workspaces = {each.workspace_id: each for each in await store.read_active(connection)}
@@ -164,9 +236,10 @@ class Loops:
         return self.settings.snapshot_s
 
 
-def _differs(waiting: int, running: int, row: object) -> bool:
-    true = (row["waiting"], row["running"]) if row is not None else (0, 0)  # type: ignore[index]
-    return (waiting, running) != true
+def _differs(said: Workspace | None, row: asyncpg.Record) -> bool:
+    if said is None:
+        return True
+    return (min(said.waiting, _COUNT_MAX), said.running) != (row["waiting"], row["running"])
 
 
 async def end_waiting(

@@ -18,7 +18,7 @@ WAIT = Histogram(
     "bide_queue_delivery_seconds", "From the claim to the end of a delivery", buckets=(0.01, 0.1, 1, 10, 60, 600, 3600)
 )
 
-for outcome in ("new", "duplicate", "conflict", "repeated"):
+for outcome in ("new", "duplicate", "conflict", "repeated", "unreadable"):
     ENQUEUED.labels(outcome)
 for reply in get_args(Reply):
     DELIVERIES.labels(reply)

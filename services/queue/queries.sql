@@ -65,11 +65,29 @@ FROM unnest($1::text[], $2::int[]) AS named(workspace_id, running) CROSS JOIN LA
   SELECT * FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = named.workspace_id
   ORDER BY dispatched_at DESC LIMIT named.running) q
 
+-- name: counted_workspaces
+-- A page of the workspaces that have items or are said to have: whoever has them by a loose scan, one step in the index
+-- per workspace however many its items, because a counter that is wrongly 0 is found by its rows alone.
+WITH RECURSIVE held(workspace_id) AS (
+  (SELECT q.workspace_id FROM a2a_queue q WHERE q.workspace_id > $1 ORDER BY q.workspace_id LIMIT 1)
+  UNION ALL
+  SELECT (SELECT q.workspace_id FROM a2a_queue q WHERE q.workspace_id > held.workspace_id
+          ORDER BY q.workspace_id LIMIT 1)
+  FROM held WHERE held.workspace_id IS NOT NULL)
+SELECT workspace_id FROM (SELECT workspace_id FROM held WHERE workspace_id IS NOT NULL LIMIT $2) found
+UNION
+SELECT workspace_id FROM (
+  SELECT workspace_id FROM workspaces WHERE (waiting > 0 OR running > 0) AND workspace_id > $1
+  ORDER BY workspace_id LIMIT $2) said
+ORDER BY workspace_id LIMIT $2
+
 -- name: count_items
--- The truth that the counters are held against (B-06).
-SELECT workspace_id, count(*) FILTER (WHERE status = 'queued')::int AS waiting,
-       count(*) FILTER (WHERE status = 'dispatched')::int AS running
-FROM a2a_queue WHERE workspace_id = ANY($1::text[]) GROUP BY workspace_id
+-- The truth that the counters are held against (B-06). Waiting ones are counted up to $2; null: all of them.
+SELECT w.workspace_id,
+  (SELECT count(*) FROM (
+    SELECT FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' LIMIT $2) counted)::int AS waiting,
+  (SELECT count(*) FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'dispatched')::int AS running
+FROM unnest($1::text[]) AS w(workspace_id)
 
 -- name: insert_keys
 INSERT INTO idempotency_keys (workspace_id, caller_hash, key_hash, queue_id, body_hash, expires_at)
@@ -126,6 +144,13 @@ FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::by
 JOIN unnest($13::uuid[]) WITH ORDINALITY AS s(by, n) USING (n)
 ON CONFLICT DO NOTHING
 
+-- name: insert_unreadable
+-- A message that was promised and could not be kept; its bytes are in dead_letters.
+INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
+                          method, body, enqueued_at, ended_at, attempts, delivery_no, last_error, rev)
+VALUES ($1, $2, $3, $4, $5, $6, 50, 'failed', $7, '', '', now(), now(), 0, 0, $8, 1)
+ON CONFLICT DO NOTHING
+
 -- name: claim_items
 -- Second statement of the claim: the workspaces are locked by then. Repeats status in the outer UPDATE. `first` is what
 -- stands first in the line, also when it may not be claimed yet: the workspace's next floor.
@@ -151,8 +176,8 @@ RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempt
 -- name: finish_items
 -- Fenced by delivery_no. A success that comes late also completes the row while it is queued again.
 WITH done AS (
-  SELECT * FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::bytea[], $6::text[])
-    AS d(queue_id, delivery_no, status, reason, answer, last_error)),
+  SELECT * FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::int[], $6::bytea[], $7::text[])
+    AS d(queue_id, delivery_no, status, reason, attempts, answer, last_error)),
 mine AS (
   SELECT q.queue_id FROM (SELECT * FROM done ORDER BY queue_id) d CROSS JOIN LATERAL (
     SELECT queue_id FROM a2a_queue WHERE queue_id = d.queue_id AND (
@@ -165,7 +190,7 @@ kept AS (
     method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error,
     answer, rev)
   SELECT g.queue_id, g.workspace_id, g.caller_id, g.caller_hash, g.key_hash, g.body_hash, g.priority, d.status, d.reason,
-    g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts, g.delivery_no,
+    g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts + d.attempts, g.delivery_no,
     g.agent_task_id, coalesce(d.last_error, g.last_error), d.answer, g.rev + 1
   FROM gone g JOIN done d USING (queue_id))
 SELECT queue_id, workspace_id, status, delivery_no, rev + 1 AS rev,
@@ -204,20 +229,26 @@ WHERE q.owner = $1 AND q.status = 'dispatched'
 SELECT queue_id FROM a2a_queue WHERE queue_id = ANY($1::uuid[]) AND cancel_at IS NOT NULL
 
 -- name: beat_replica
+-- A gap of half of what an owner may be silent breaks the judge's own line already: what held its beats back held the
+-- owner's back for longer, by a beat and by how much later it came through.
 INSERT INTO replicas (replica_id) VALUES ($1)
 ON CONFLICT (replica_id) DO UPDATE SET beat_at = clock_timestamp(),
-  unbroken_since = CASE WHEN replicas.beat_at < clock_timestamp() - make_interval(secs => $2)
+  unbroken_since = CASE WHEN replicas.beat_at < clock_timestamp() - make_interval(secs => $2 / 2)
                         THEN clock_timestamp() ELSE replicas.unbroken_since END
 RETURNING clock_timestamp() - unbroken_since >= make_interval(secs => $2) AS may_judge
 
 -- name: lost_items
--- Rows whose owner is silent, or has no row at all. Only for a replica that may judge.
+-- Rows whose owner is silent, or has no row at all. Only for a replica that may judge, and only up to its own last beat:
+-- Postgres may have stood still since. A claim is a sign of life too: who comes back may claim before it beats. Keyset,
+-- so that a page of rows that cannot be written hides nobody (B-08).
 SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
        q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
 FROM a2a_queue q LEFT JOIN replicas r ON r.replica_id = q.owner
-WHERE q.status = 'dispatched' AND q.owner <> $1
-  AND (r.replica_id IS NULL OR r.beat_at < coalesce($3, clock_timestamp()) - make_interval(secs => $2))
-ORDER BY q.queue_id LIMIT 500
+CROSS JOIN (SELECT coalesce($3, beat_at) - make_interval(secs => $2) AS since FROM replicas WHERE replica_id = $1) silent
+WHERE q.status = 'dispatched' AND q.owner <> $1 AND q.dispatched_at < silent.since
+  AND (r.replica_id IS NULL OR r.beat_at < silent.since)
+  AND ($4::uuid IS NULL OR q.queue_id > $4)
+ORDER BY q.queue_id LIMIT $5
 
 -- name: forget_replicas
 DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs => $1)
@@ -228,10 +259,13 @@ DELETE FROM replicas WHERE replica_id = $1
 
 -- name: ending_items
 -- Not while its workspace is paused: both clocks stop then. now(), for an index is not compared with what is volatile.
-SELECT q.queue_id, q.workspace_id FROM a2a_queue q CROSS JOIN LATERAL (
+-- Keyset, as above.
+SELECT q.queue_id, q.workspace_id, least(q.expires_at, q.give_up_at) AS due_at
+FROM a2a_queue q CROSS JOIN LATERAL (
   SELECT paused FROM workspaces WHERE workspace_id = q.workspace_id ORDER BY rev DESC LIMIT 1) w
 WHERE q.status = 'queued' AND least(q.expires_at, q.give_up_at) <= coalesce($1, now()) AND NOT w.paused
-ORDER BY least(q.expires_at, q.give_up_at) LIMIT 500
+  AND ($2::timestamptz IS NULL OR (least(q.expires_at, q.give_up_at), q.queue_id) > ($2, $3::uuid))
+ORDER BY least(q.expires_at, q.give_up_at), q.queue_id LIMIT $4
 
 -- name: end_items
 -- Items that wait and end without a delivery: canceled, expired, given up.
@@ -262,6 +296,13 @@ UNION ALL
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, reason, priority, attempts, delivery_no, enqueued_at,
        dispatched_at, ended_at, NULL, NULL, NULL, context_id, method, agent_task_id, superseded_by, answer, last_error
 FROM a2a_finished WHERE queue_id = $1
+
+-- name: is_known
+-- Whether $3 is an item of this caller here, waiting or ended, or $4 one of his explicit keys.
+SELECT EXISTS (SELECT FROM a2a_queue WHERE queue_id = $3 AND workspace_id = $1 AND caller_hash = $2)
+  OR EXISTS (SELECT FROM a2a_finished WHERE queue_id = $3 AND workspace_id = $1 AND caller_hash = $2)
+  OR EXISTS (SELECT FROM idempotency_keys
+             WHERE workspace_id = $1 AND caller_hash = $2 AND key_hash = $4 AND expires_at > now())
 
 -- name: count_ahead
 SELECT count(*)::int FROM (

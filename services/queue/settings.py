@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from shared.settings import SharedSettings
+
+_BEATS_MIN = 3
 
 
 class Settings(SharedSettings):
@@ -17,10 +19,27 @@ class Settings(SharedSettings):
     """Deliveries that the agent did not survive, after which a message is poison."""
     sweep_s: float = Field(default=5.0, gt=0)
     """How often workspaces that wait are looked at without a reason, and expired items end."""
+    reconcile_s: float = Field(default=30.0, gt=0)
+    """How often the counters of workspaces are held against their rows."""
     snapshot_s: float = Field(default=5.0, gt=0)
+    snapshot_pause_s: float = Field(default=0.5, gt=0)
+    """The least time between two snapshots, however many proxies ask for one."""
     owner_beat_s: float = Field(default=5.0, gt=0)
     owner_silent_s: float = Field(default=20.0, gt=0)
-    """A replica that has not beaten for this long, by the database's clock, has lost its deliveries."""
+    """A replica that has not beaten for this long, by the database's clock, has lost its deliveries.
+
+    Whose own beats come further apart than half of it takes nobody's.
+    """
+
+    @field_validator("owner_silent_s")
+    @classmethod
+    def _is_several_beats(cls, silent_s: float, info: ValidationInfo) -> float:
+        """One late beat says nothing: a loop that is busy for a moment must not lose what it delivers (B-09)."""
+        beat_s = info.data.get("owner_beat_s")
+        if beat_s is not None and silent_s < _BEATS_MIN * beat_s:
+            raise ValueError(f"write at least {_BEATS_MIN} times BIDE_QUEUE_OWNER_BEAT_S, or one late beat is a death")
+        return silent_s
+
     reread_s: float = Field(default=1.0, gt=0)
     """How often an owner re-reads its own deliveries for a cancel, a stop, or a fence."""
     forward_idle_s: float = Field(default=300.0, gt=0)

@@ -74,7 +74,11 @@ async def read_active(connection: Connection) -> list[Workspace]:
 async def save(connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]) -> None:
     """Write the rows that changed; `before` is what `lock` gave."""
     changed = [
-        {**asdict(workspace), "was_rev": before[name].rev}
+        {
+            **asdict(workspace),
+            "recent_ended": [moment for each in workspace.recent_ended for moment in each],
+            "was_rev": before[name].rev,
+        }
         for name, workspace in after.items()
         if workspace != before[name]
     ]
@@ -90,7 +94,7 @@ def _workspace(row: asyncpg.Record) -> Workspace:
             **values,
             "beat_at": row["beat_epoch"],
             "not_before": row["not_before_epoch"],
-            "recent_ended": tuple(row["recent_ended"]),
+            "recent_ended": tuple(zip(row["recent_ended"][::2], row["recent_ended"][1::2], strict=False)),
             # Not believed if whoever wrote the row last did not know of it.
             "floor": tuple(row["floor"]) if row["floor_rev"] == row["rev"] else (0, 0),
             "forwards": {name: _forwards(value) for name, value in json.loads(row["forwards"]).items()},
@@ -135,9 +139,8 @@ async def reserve_keys(connection: Connection, facts: Sequence[MessageBusy], kee
     """Take the explicit keys of `facts`; return those that somebody had before, with what they stand for."""
     if not facts:
         return {}
-    columns = _columns(
-        (*key_of(fact), fact.queue_id, fact.body_hash) for fact in {key_of(f): f for f in facts}.values()
-    )
+    first = {key_of(fact): fact for fact in reversed(facts)}  # of two with the same key in one batch
+    columns = _columns((*key_of(fact), fact.queue_id, fact.body_hash) for fact in first.values())
     await connection.execute(SQL["insert_keys"], *columns, keep_s)
     return await _keyed(connection, "find_keys", facts)
 
@@ -227,14 +230,11 @@ async def running(connection: Connection, workspaces: Iterable[Workspace]) -> li
     return await connection.fetch(SQL["running_items"], *_columns(wanted)) if wanted else []
 
 
-async def find_canceled(connection: Connection, queue_ids: Sequence[UUID]) -> set[UUID]:
-    rows = await connection.fetch(SQL["canceled_items"], queue_ids) if queue_ids else []
-    return {row["queue_id"] for row in rows}
-
-
-async def find_lost(connection: Connection, owner: str, silent_s: float, now: datetime | None) -> list[Item]:
-    """Rows whose owner is silent, as the items they are."""
-    rows = await connection.fetch(SQL["lost_items"], owner, silent_s, now)
+async def find_lost(
+    connection: Connection, owner: str, silent_s: float, now: datetime | None, *, after: UUID | None, most: int
+) -> list[Item]:
+    """A page of the rows whose owner is silent, as the items they are, in the order of their ids."""
+    rows = await connection.fetch(SQL["lost_items"], owner, silent_s, now, after, most)
     workspaces = await read(connection, {row["workspace_id"] for row in rows})
     return [_item(row, workspaces[row["workspace_id"]]) for row in rows]
 
@@ -265,13 +265,22 @@ def _item(row: asyncpg.Record, workspace: Workspace) -> Item:
     )
 
 
+async def canceled(connection: Connection, queue_ids: Sequence[UUID]) -> set[UUID]:
+    """Those that somebody wants canceled."""
+    rows = await connection.fetch(SQL["canceled_items"], queue_ids) if queue_ids else []
+    return {row["queue_id"] for row in rows}
+
+
 async def finish(connection: Connection, settled: Sequence[Settled]) -> dict[UUID, Ended]:
     """End items, fenced; return those that really ended."""
     rows = [
-        (each.item.queue_id, each.item.delivery_no, each.fate.status.value, each.fate.reason, each.answer, each.error)
+        (
+            each.item.queue_id, each.item.delivery_no, each.fate.status.value, each.fate.reason, each.fate.attempts,
+            each.answer, each.error,
+        )
         for each in settled
         if isinstance(each.fate, Finish)
-    ]
+    ]  # fmt: skip
     if not rows:
         return {}
     found = await connection.fetch(SQL["finish_items"], *_columns(rows))
@@ -287,7 +296,9 @@ async def requeue(connection: Connection, settled: Sequence[Settled]) -> dict[UU
     """Send items back to their place, fenced; return those that went."""
     rows = [
         (
-            each.item.queue_id, each.item.delivery_no, each.fate.attempts, each.fate.deaths, each.wait_s,
+            each.item.queue_id, each.item.delivery_no, each.fate.attempts, each.fate.deaths,
+            # Where the workspace waits its row does not: a beat that opens it must find the same one first.
+            each.wait_s if each.fate.row_wait else 0.0,
             each.fate.reason, each.error,
         )
         for each in settled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from itertools import count
 
 import pytest
@@ -34,6 +35,19 @@ _numbers = count()
 @pytest.fixture
 async def faulty(own_servers: Servers, vhosts: Iterator[str]) -> AsyncIterator[Stack]:
     """A database and a vhost of this test alone, on servers that it may stop, kill and freeze."""
+    async with _made(own_servers, vhosts) as stack:
+        yield stack
+
+
+@pytest.fixture
+async def beside(own_servers: Servers, vhosts: Iterator[str]) -> AsyncIterator[Stack]:
+    """Another database and vhost on the same servers: what the fault must not have changed, to compare with."""
+    async with _made(own_servers, vhosts) as stack:
+        yield stack
+
+
+@asynccontextmanager
+async def _made(own_servers: Servers, vhosts: Iterator[str]) -> AsyncIterator[Stack]:
     name = f"chaos_{next(_numbers)}"
     url = await asyncio.to_thread(own_servers.postgres.create_database, name, TEMPLATE)
     try:

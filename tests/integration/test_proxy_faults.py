@@ -7,15 +7,19 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
+from uuid import UUID
 
 import aio_pika
 import pytest
 from prometheus_client import REGISTRY
+from uuid_utils.compat import uuid7
 
 from bide_agent.agent import Agent
+from services.proxy.api.identity import Caller
+from services.proxy.api.questions import Questions
 from shared import topology
 from tests.conftest import Stack, until
-from tests.integration.proxy_kit import Proxy, empty, fresh, message, proxy
+from tests.integration.proxy_kit import Proxy, empty, fresh, message, proxy, proxy_settings
 from tests.integration.queue_kit import agent, queue_service
 
 
@@ -243,6 +247,28 @@ async def test_the_depth_has_an_end(front: Proxy) -> None:
     assert int(full.headers["retry-after"]) > 0
 
 
+async def test_a_fresh_key_or_id_buys_no_place_and_a_retry_keeps_its_own(front: Proxy) -> None:
+    """A-Q-24, I2: also of what has ended, while the line is full; and another caller's id is worth nothing."""
+    name = fresh()
+    await front.register(name)
+    canceled = (await front.say(name, "0", message_id="m-0", idempotency_key="k-0")).json()["queue_id"]
+    assert (await front.call("DELETE", f"/queue/{canceled}")).status == 200
+    await front.call("PATCH", f"/workspaces/{name}", {"queue_depth_max": 2})
+    first = (await front.say(name, "1", message_id="m-1", idempotency_key="k-1")).json()["queue_id"]
+    second = (await front.say(name, "2", message_id="m-2")).json()["queue_id"]
+    assert (await front.say(name, "3", idempotency_key="fresh")).status == 429
+    assert (await front.say(name, "3", x_queue_id=str(uuid7()))).status == 429
+    assert (await front.say(name, "3", caller="another", x_queue_id=second)).status == 429
+    keyed = await front.say(name, "1", message_id="m-1", idempotency_key="k-1")
+    assert (keyed.status, keyed.json()["queue_id"]) == (202, first)
+    told = await front.say(name, "2", message_id="m-2", x_queue_id=second)
+    assert (told.status, told.json()["queue_id"]) == (202, second)
+    ended = await front.say(name, "0", message_id="m-0", idempotency_key="k-0")
+    assert (ended.status, ended.headers["x-queue-id"]) == (200, canceled), ended.body
+    listed = (await front.call("GET", f"/workspaces/{name}/queue")).json()["items"]
+    assert [each["queue_id"] for each in listed] == [first, second]
+
+
 # ── the broker, the queue, the registry ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -264,6 +290,31 @@ async def test_without_a_snapshot_a_proxy_keeps_and_answers_for_its_promise(lone
         assert not worker.received
 
 
+async def test_a_proxy_that_starts_asks_for_its_first_copy(stack: Stack) -> None:
+    """Rule 8: it does not wait for the queue's next turn, which here would not come; after a cut it asks again."""
+    await empty(stack)
+    await purge(stack)
+    name = fresh()
+    async with AsyncExitStack() as exits:
+        one = await exits.enter_async_context(proxy(stack))
+        await exits.enter_async_context(queue_service(stack, snapshot_s=3600.0, snapshot_pause_s=0.2))
+        await one.ready()
+        worker = await exits.enter_async_context(agent(name))
+        await seat(one, worker)
+        assert (await one.say(name)).status == 200, "it forwards"
+        two = await exits.enter_async_context(proxy(stack))
+        await two.ready()
+        first = two.copies.backlogs.snapshot_at or 0.0
+        transport = two.service.publisher._connection.transport
+        assert transport is not None
+        await transport.connection.close(ConnectionResetError("cut"))
+
+        async def has_newer() -> bool:
+            return (two.copies.backlogs.snapshot_at or 0.0) > first
+
+        await until(has_newer, 15)
+
+
 async def test_an_id_that_another_replica_promised_is_not_yet_visible(stack: Stack) -> None:
     await empty(stack)
     await purge(stack)
@@ -279,6 +330,28 @@ async def test_an_id_that_another_replica_promised_is_not_yet_visible(stack: Sta
         reply = await two.call("GET", f"/queue/{young}")
         assert (reply.status, reply.json()["code"]) == (503, "not_yet_visible")
         assert int(reply.headers["retry-after"]) > 0
+
+
+async def test_an_item_that_is_read_between_two_questions_is_not_denied_to_its_owner(stack: Stack) -> None:
+    """A-Q-12: told no, then asked why not, and by then it is there: come again. A stranger's it is not."""
+    await empty(stack)
+    await purge(stack)
+    async with proxy(stack) as one, queue_service(stack):
+        await one.ready()
+        name = fresh()
+        await one.register(name)
+        queue_id = UUID((await one.say(name)).json()["queue_id"])
+        settings = proxy_settings(stack, replica_id=one.service.settings.replica_id)
+        questions = Questions(settings, one.copies, one.service.publisher)
+
+        async def is_read() -> bool:
+            found = await questions.ask("item", queue_id=queue_id, caller_hash=None)
+            return found is not None and found.status == 200
+
+        await until(is_read)
+        operator = Caller("lead", bytes(32), frozenset({"operator"}))
+        assert (await questions.why_not(queue_id, operator)).code == "not_yet_visible"
+        assert (await questions.why_not(queue_id, Caller("stranger", bytes(32)))).code == "item_unknown"
 
 
 async def test_what_the_broker_refuses_is_not_promised(lonely: Proxy, stack: Stack) -> None:
@@ -320,6 +393,37 @@ async def test_a_keep_without_a_confirm_is_unknown_and_its_retry_is_one_item(
     listed = (await front.call("GET", f"/workspaces/{name}/queue")).json()["items"]
     assert [each["queue_id"] for each in listed] == [told]
     assert (await front.say(name, "once", x_queue_id="not-ours")).status == 400
+
+
+async def test_all_who_joined_a_message_that_may_be_kept_are_told_one_id(
+    front: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A-P-16, I2: whichever of them sends it again, it is the same item."""
+    name = fresh()
+    await front.register(name)
+    publisher, sent = front.service.publisher, front.service.publisher._publish
+    cut = asyncio.Event()
+
+    async def lost(*arguments: Any) -> None:
+        await sent(*arguments)
+        await cut.wait()
+        raise ConnectionResetError("cut before the confirm")
+
+    monkeypatch.setattr(publisher, "_publish", lost)
+    calls = [asyncio.create_task(front.say(name, "once", message_id="m-1", request_id=n)) for n in range(3)]
+    await until(lambda: _joined(front, 2), 5)
+    cut.set()
+    replies = await asyncio.gather(*calls)
+    monkeypatch.setattr(publisher, "_publish", sent)
+    assert [reply.json()["error"]["data"]["code"] for reply in replies] == ["keep_unknown"] * 3
+    told = {reply.headers["x-queue-id"] for reply in replies}
+    assert len(told) == 1, told
+    retries = [await front.say(name, "once", message_id="m-1", x_queue_id=each) for each in told]
+    assert {retry.json()["queue_id"] for retry in retries} == told
+
+
+async def _joined(front: Proxy, count: int) -> bool:
+    return sum(flight.joined for flight in front.copies.flights._flights.values()) == count
 
 
 async def test_idle_agents_stay_reachable_while_the_queue_is_away(stack: Stack) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 
@@ -73,6 +74,42 @@ def incarnation(front: Proxy, name: str) -> int:
     found = front.copies.registry.find(name)
     assert found is not None
     return found.incarnation
+
+
+async def test_a_beat_that_was_overtaken_says_nothing(front: Proxy) -> None:
+    """Its client gave up on it, sampled anew and was heard: what came in later would hold the workspace busy."""
+    name = fresh()
+    token = (await front.register(name, "http://127.0.0.1:9/"))["auth_token"]
+    use = front.copies.uses.of(name)
+    assert (await front.beat(name, token, 0, boot_id="b1", uptime_seconds=100.1)).status == 200
+    late = await front.beat(name, token, 1, boot_id="b1", uptime_seconds=100.0)
+    assert (late.status, late.json()["code"]) == (503, "beat_overtaken")
+    assert use.in_use(time.time()) == 0
+    for uptime_s, active in [(100.1, 1), (100.2, 0)]:
+        assert (await front.beat(name, token, active, boot_id="b1", uptime_seconds=uptime_s)).status == 200
+        assert use.in_use(time.time()) == active, "said twice, or sampled later: it counts"
+    assert (await front.beat(name, token, 1, boot_id="b2", uptime_seconds=0.1)).status == 200, "another life"
+    assert use.in_use(time.time()) == 1
+
+
+async def test_the_age_of_a_beat_counts_from_its_arrival(front: Proxy) -> None:
+    """The registry was slow to say who it is: what ended meanwhile is still in the agent's sample."""
+    name = fresh()
+    token = (await front.register(name, "http://127.0.0.1:9/"))["auth_token"]
+    async with front.service.pool.acquire() as connection, connection.transaction():
+        await connection.execute("SELECT FROM workspaces WHERE workspace_id = $1 FOR UPDATE", name)
+        beat = asyncio.create_task(front.beat(name, token, 1, boot_id="b1"))
+        waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = current_user)"
+
+        async def is_held_up() -> bool:
+            return bool(await connection.fetchval(waits))
+
+        await until(is_held_up, 10)
+        held_up_at = time.time()
+    assert (await beat).status == 200
+    said = front.copies.uses.of(name).beat
+    assert said is not None
+    assert said.at < held_up_at
 
 
 async def test_without_boot_ids_an_uptime_that_goes_back_is_a_new_life(front: Proxy) -> None:

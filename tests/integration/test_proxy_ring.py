@@ -205,6 +205,26 @@ async def test_a_limited_wait_gives_the_answer_or_a_promise(ring: Proxy) -> None
         assert "slow" in str(found["answer"])
 
 
+@pytest.mark.parametrize(("asynchronous", "whose"), [(True, "ours"), (False, "the agent's")])
+async def test_a_limited_wait_of_a_modern_caller_gets_what_send_message_answers(
+    ring: Proxy, asynchronous: bool, whose: str
+) -> None:
+    """1.0's oneof, also where the agent accepted and its Task was followed to the end; then under our id."""
+    name = fresh()
+    async with agent(name, work_s=0.2, behaviour={"asynchronous": asynchronous, "answer": "task"}) as worker:
+        await seat(ring, worker, name)
+        reply = await ring.say(name, "m", method="SendMessage", a2a_version="1.0", prefer="wait=15", request_id=9)
+        assert (reply.status, reply.headers.get("preference-applied")) == (200, "wait=15"), reply.body
+        assert (reply.json()["id"], reply.json()["result"].keys()) == (9, {"task"})
+        task = reply.json()["result"]["task"]
+        assert task["status"]["state"] == "TASK_STATE_COMPLETED"
+        queue_id = reply.headers["x-queue-id"]
+        assert (task["id"] == queue_id) is (whose == "ours")
+        found = await ring.call("POST", f"/workspaces/{name}/a2a", rpc("GetTask", task["id"]), x_workspace_id="lead")
+        assert found.json()["result"]["id"] == task["id"], "and that can be asked for"
+        assert found.json()["result"]["status"]["state"] == "TASK_STATE_COMPLETED"
+
+
 async def test_blocking_and_streaming_callers_get_the_submitted_task(ring: Proxy) -> None:
     name = fresh()
     async with agent(name, work_s=1.0) as worker:
@@ -249,7 +269,7 @@ async def test_a_waiting_message_is_canceled_and_another_s_does_not_exist(ring: 
         one, two = [(await ring.say(name, text)).json()["queue_id"] for text in ("one", "two")]
         path, key = f"/workspaces/{name}/a2a", await operator(ring, "stranger", ())
         stranger = await ring.call("POST", path, rpc("tasks/cancel", one), token=key)
-        assert stranger.json()["error"]["code"] == -32001, stranger.body
+        assert (stranger.status, stranger.json()["error"]["code"]) == (200, -32001), stranger.body
         assert (await ring.call("GET", f"/queue/{one}", token=key)).status == 404
         assert (await ring.call("DELETE", f"/queue/{one}")).status == 200
         canceled = await ring.call("POST", path, rpc("tasks/cancel", two), x_workspace_id="lead")
@@ -258,6 +278,26 @@ async def test_a_waiting_message_is_canceled_and_another_s_does_not_exist(ring: 
         assert again.json()["result"]["status"]["state"] == "canceled"
         assert (await first).status == 200
         assert [each.text for each in worker.received] == ["first"]
+
+
+async def test_what_the_protocol_itself_answers_about_a_task_comes_with_200(ring: Proxy) -> None:
+    """Official clients raise on any other status before they read the error; trouble of ours keeps its own."""
+    name = fresh()
+    async with agent(name) as worker:
+        await seat(ring, worker, name)
+        path = f"/workspaces/{name}/a2a"
+        kept = await ring.say(name, "k", prefer="wait=10")
+        queue_id = kept.headers["x-queue-id"]
+        over = await ring.call("POST", path, rpc("tasks/cancel", queue_id), x_workspace_id="lead")
+        assert (over.status, over.json()["error"]["code"]) == (200, -32002), over.body
+        other = fresh()
+        await ring.register(other, worker.url)
+        elsewhere = await ring.call("POST", f"/workspaces/{other}/a2a", rpc("tasks/get", queue_id))
+        assert (elsewhere.status, elsewhere.json()["error"]["code"]) == (200, -32001), elsewhere.body
+        assert elsewhere.json()["error"]["data"]["code"] == "item_unknown"
+        nowhere = await ring.call("POST", f"/workspaces/{fresh()}/a2a", rpc("tasks/get", queue_id))
+        assert (nowhere.status, nowhere.json()["error"]["code"]) == (404, -32001), "no such address is no reply"
+        assert (await ring.call("POST", path, rpc("tasks/get", queue_id), token="no")).status == 401
 
 
 async def operator(front: Proxy, caller_id: str, rights: tuple[str, ...]) -> str:

@@ -26,7 +26,9 @@ async def front(stack: Stack) -> AsyncIterator[Door]:
             "inbox, outbox, dead_letters"
         )
     async with door(stack) as opened:
-        async with queue_service(stack, sweep_s=0.5, busy_cap_s=2.0, follow_min_s=0.1, follow_max_s=0.2):
+        async with queue_service(
+            stack, sweep_s=0.5, reconcile_s=0.5, busy_cap_s=2.0, follow_min_s=0.1, follow_max_s=0.2
+        ):
             yield opened
         letters = await opened.side.pool.fetch("SELECT fact_type, reason, error FROM dead_letters")
         assert not letters, letters
@@ -97,6 +99,29 @@ async def test_a_busy_agent_costs_no_attempt_and_no_place(front: Door) -> None:
         assert [each.text for each in worker.received] == ["0", "1", "2", "3", "4"]
         assert {item["attempts"] for item in items} == {0}
         assert {refused.queue_id for refused in worker.refused} == {str(facts[0].queue_id)}, "busy closes the workspace"
+
+
+async def test_a_beat_that_opens_a_busy_workspace_finds_the_same_message_first(front: Door) -> None:
+    """I3, A-Q-01: the agent asked for a pause longer than it needed; nobody may pass whom it turned away."""
+    name = fresh()
+    async with agent(name, work_s=0.05) as worker:
+        worker.behave(retry_after_s=2)
+        worker.busy_for(60)
+        await front.register(name, worker.url)
+        facts = [front.busy(name, str(number)) for number in range(3)]
+        for fact in facts:
+            await front.keep(fact)
+        await worker.until(lambda: len(worker.refused) == 1)
+        query = "SELECT not_before IS NOT NULL FROM workspaces WHERE workspace_id = $1"
+
+        async def closed() -> bool:
+            return bool(await front.side.pool.fetchval(query, name))
+
+        await until(closed)
+        worker.busy_for(0)
+        await front.heartbeat(name, active=0)
+        await front.ended(*(fact.queue_id for fact in facts))
+        assert [each.text for each in worker.received] == ["0", "1", "2"]
 
 
 async def test_two_callers_with_one_message_id_are_two_items(front: Door) -> None:

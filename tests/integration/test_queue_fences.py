@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from itertools import pairwise
 from uuid import UUID
 
@@ -13,15 +12,17 @@ import asyncpg
 import pytest
 from uuid_utils.compat import uuid7
 
-from services.queue import decide, store
-from services.queue.decide import Item, Reply
-from services.queue.drain import account
-from services.queue.handlers import keep
-from services.queue.store import Settled
-from shared.database import Connection, Pool, open_pool, transact
-from shared.facts import MessageBusy
-from tests.conftest import Stack
-from tests.integration.queue_kit import digest
+from services.queue import store
+from services.queue.drain import Drain, key_of
+from services.queue.loops import Loops
+from services.queue.store import SQL
+from shared.addresses import AddressRules
+from shared.agents import Agents
+from shared.broker import open_publisher
+from shared.database import Pool, open_pool
+from tests.conftest import Stack, until
+from tests.integration.queue_kit import agent, door, queue_service, queue_settings
+from tests.integration.rows_kit import claim, enqueue, finished, message, settle
 
 
 @pytest.fixture
@@ -30,72 +31,6 @@ async def rows(stack: Stack) -> AsyncIterator[Pool]:
     async with open_pool(stack.settings()) as pool:
         await pool.execute("TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas")
         yield pool
-
-
-def message(name: str, key: str | None = None) -> MessageBusy:
-    body = b'{"method":"message/send"}'
-    return MessageBusy(
-        workspace_id=name, rev=1, queue_id=uuid7(), caller_id="c", caller_hash=digest("c"),
-        key_hash=digest(key or str(uuid7())), body_hash=digest("b"), reason="backlog", method="message/send", body=body,
-    )  # fmt: skip
-
-
-async def enqueue(pool: Pool, *facts: MessageBusy) -> set[UUID]:
-    """Keep messages as the handler does; return the ids that were new."""
-
-    async def work(connection: Connection) -> set[UUID]:
-        before = await store.lock(connection, {fact.workspace_id for fact in facts})
-        kept = await keep(connection, facts, before, 3600)
-        after = {
-            name: replace(
-                workspace,
-                url="http://a",
-                waiting=workspace.waiting
-                + sum(fact.queue_id in kept.new for fact in facts if fact.workspace_id == name),
-            )
-            for name, workspace in before.items()
-        }
-        await store.save(connection, before, after)
-        return kept.new
-
-    return await transact(pool, work)
-
-
-async def claim(pool: Pool, name: str, owner: str) -> list[Item]:
-    """Claim what may be claimed, as a turn does."""
-
-    async def work(connection: Connection) -> list[Item]:
-        before = await store.lock(connection, [name])
-        free = decide.spare(before[name], await store.clock(connection, None))
-        items, first = await store.claim(connection, {name: free} if free else {}, before, owner, None)
-        after = {name: decide.begin(before[name], len(items), first[name])} if items else before
-        await store.save(connection, before, after)
-        return items
-
-    return await transact(pool, work)
-
-
-async def settle(pool: Pool, item: Item, reply: Reply, answer: bytes | None = None) -> bool:
-    """Write what came back, as a turn does; whether it had an effect."""
-    fate = decide.fate(reply, attempts=item.attempts, deaths=item.deaths, at_most_once=False, cancel_requested=False)
-    settled = Settled(item, fate, answer)
-
-    async def work(connection: Connection) -> bool:
-        before = await store.lock(connection, [item.workspace_id])
-        now = await store.clock(connection, None)
-        found = {**await store.finish(connection, [settled]), **await store.requeue(connection, [settled])}
-        row = found.get(item.queue_id)
-        if row is not None:
-            await store.save(
-                connection, before, {item.workspace_id: account(before[item.workspace_id], settled, row, now)}
-            )
-        return row is not None
-
-    return await transact(pool, work)
-
-
-async def finished(pool: Pool, queue_id: UUID) -> asyncpg.Record | None:
-    return await pool.fetchrow("SELECT status, answer FROM a2a_finished WHERE queue_id = $1", queue_id)
 
 
 async def test_only_the_delivery_that_holds_the_row_may_write(rows: Pool) -> None:
@@ -128,6 +63,70 @@ async def test_two_judges_of_one_lost_row_have_one_effect(rows: Pool) -> None:
     assert sum(effects) == 1
     assert await rows.fetchval("SELECT attempts FROM a2a_queue") == 1
     assert await rows.fetchval("SELECT waiting FROM workspaces") == 1
+
+
+async def test_a_claim_is_not_adopted_while_its_turn_may_still_begin_it(rows: Pool, stack: Stack) -> None:
+    """B-04: the commit is slow to be confirmed, and reread finds the row meanwhile, as often as it likes."""
+    settings = queue_settings(stack)
+    async with open_publisher(settings) as publisher:
+        drain = Drain(settings, rows, publisher, Agents(AddressRules(allow_loopback=True)))
+        loops = Loops(settings, rows, rows, publisher, drain)
+        await enqueue(rows, message("w"))
+        (item,) = await claim(rows, "w", settings.replica_id)
+        drain.turns_begun += 1
+        for _ in range(3):
+            await loops.reread()
+        assert not drain.holds(key_of(item))
+        drain.turns_ended += 1
+        await loops.reread()
+        assert drain.holds(key_of(item))
+
+
+SILENT_S = 20.0
+
+
+async def seen(pool: Pool, replica: str, *, beat_s: float, unbroken_s: float = 100.0) -> None:
+    """A replica that beat last `beat_s` ago, after `unbroken_s` without a break."""
+    await pool.execute(
+        """INSERT INTO replicas (replica_id, beat_at, unbroken_since)
+           VALUES ($1, now() - make_interval(secs => $2), now() - make_interval(secs => $2 + $3))""",
+        replica, beat_s, unbroken_s,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gap_s", "may_judge"), [(5.0, True), (9.0, True), (11.0, False), (19.0, False), (40.0, False)]
+)
+async def test_a_judge_whose_own_beats_were_held_back_judges_nobody(rows: Pool, gap_s: float, may_judge: bool) -> None:
+    """B-07, B-18: an outage a little shorter than the silence would otherwise take every sibling's deliveries."""
+    await seen(rows, "judge", beat_s=gap_s)
+    assert await rows.fetchval(SQL["beat_replica"], "judge", SILENT_S) is may_judge
+
+
+@pytest.mark.parametrize(
+    ("judge_s", "owner_s", "claimed_s", "lost"),
+    [
+        (0.0, 19.0, 60.0, 0),
+        (0.0, 21.0, 60.0, 1),
+        (30.0, 35.0, 60.0, 0),  # Postgres stood still between the judge's beat and its look
+        (30.0, 51.0, 60.0, 1),
+        (0.0, 90.0, 1.0, 0),  # it is back, and has claimed before it could beat
+        (0.0, None, 1.0, 0),
+        (0.0, None, 60.0, 1),
+    ],
+)
+async def test_an_owner_is_lost_by_its_silence_up_to_the_judges_last_beat(
+    rows: Pool, judge_s: float, owner_s: float | None, claimed_s: float, lost: int
+) -> None:
+    """B-04, B-07: neither a frozen Postgres nor a claim before the first beat makes a living owner a dead one."""
+    await enqueue(rows, message("w"))
+    await claim(rows, "w", "owner")
+    await rows.execute("UPDATE a2a_queue SET dispatched_at = now() - make_interval(secs => $1)", claimed_s)
+    await seen(rows, "judge", beat_s=judge_s)
+    if owner_s is not None:
+        await seen(rows, "owner", beat_s=owner_s)
+    async with rows.acquire() as connection:
+        assert len(await store.find_lost(connection, "judge", SILENT_S, None, after=None, most=500)) == lost
 
 
 async def test_a_key_whose_item_ends_in_between_is_never_lost(rows: Pool) -> None:
@@ -186,3 +185,37 @@ async def test_drainers_never_deliver_twice_or_out_of_order_or_over_capacity(row
     for name in names:
         assert len(set(begun[name])) == len(begun[name]) == 60
         assert all(first < second for first, second in pairwise(begun[name]))
+
+
+async def test_a_replica_that_stood_still_after_its_claim_sends_nothing(
+    stack: Stack, rows: Pool, admin: asyncpg.Connection[asyncpg.Record]
+) -> None:
+    """B-02, B-03: its claim's commit takes longer than its silence may: another replica may have delivered the item."""
+    await admin.execute(
+        """CREATE FUNCTION queue.stand_still() RETURNS trigger LANGUAGE plpgsql
+           AS 'BEGIN PERFORM pg_sleep(0.6); RETURN NULL; END';
+           CREATE CONSTRAINT TRIGGER stand_still AFTER UPDATE ON queue.a2a_queue DEFERRABLE INITIALLY DEFERRED
+           FOR EACH ROW WHEN (NEW.status = 'dispatched') EXECUTE FUNCTION queue.stand_still()"""
+    )
+    name = f"w-{uuid7().hex[-8:]}"
+    async with (
+        door(stack) as front,
+        queue_service(stack, owner_silent_s=0.4, owner_beat_s=0.1, sweep_s=0.5),
+        agent(name) as worker,
+    ):
+        try:
+            await front.register(name, worker.url)
+            fact = front.busy(name, "x")
+            await front.keep(fact)
+
+            async def claimed_again() -> bool:
+                query = "SELECT delivery_no FROM a2a_queue WHERE queue_id = $1"
+                return int(await rows.fetchval(query, fact.queue_id)) >= 3
+
+            await until(claimed_again)
+            assert not worker.received
+        finally:
+            await admin.execute("DROP FUNCTION queue.stand_still() CASCADE")
+        (item,) = await front.ended(fact.queue_id)
+        assert (item["status"], item["attempts"]) == ("completed", 0)
+        assert len(worker.received) == 1

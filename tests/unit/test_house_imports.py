@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "copies": {"decide", "metrics", "settings"},
     "handlers": {"store", "decide", "metrics", "settings", "drain", "copies"},
     "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "copies"},
+    "aside": {"store", "metrics"},
     "answers": {"store", "decide", "drain", "loops"},
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }

@@ -16,6 +16,7 @@ from services.proxy.api.answers import (
     Dialect,
     Kept,
     agents_ids,
+    followed,
     kept_body,
     kept_headers,
     task_of_item,
@@ -25,7 +26,11 @@ from services.proxy.api.answers import (
 from services.proxy.api.card import rewritten
 from services.proxy.api.identity import digest, display
 from services.proxy.api.openapi import DESCRIPTION, DOCS
-from services.proxy.api.wire import own_id
+from services.proxy.api.owning import UNCHECKED
+from services.proxy.api.questions import AWAY, NOBODYS, NOT_YET
+from services.proxy.api.tasks import NO_AGENT, NOT_CANCELABLE
+from services.proxy.api.wire import own_id, problem, rpc_error
+from services.proxy.decide import Refuse
 from shared.results import EXTENSION, Kind, read_result
 
 QUEUE_ID = UUID("01890000-0000-7000-8000-000000000001")
@@ -199,3 +204,48 @@ def test_the_description_names_what_it_refers_to_and_the_page_loads_nothing() ->
         assert name in schemas
     assert b"http" not in DOCS.replace(b"https-equiv", b"")
     assert b"src=" not in DOCS
+
+
+@pytest.mark.parametrize(
+    ("refuse", "status"),
+    [(NOBODYS, 200), (NOT_CANCELABLE, 200), (NOT_YET, 503), (AWAY, 503), (NO_AGENT, 503), (UNCHECKED, 503)],
+    ids=lambda value: getattr(value, "code", None),
+)
+def test_a_reply_of_the_protocol_has_status_200_and_trouble_of_ours_has_its_own(refuse: Refuse, status: int) -> None:
+    response = rpc_error(refuse, "7")
+    assert response.status == status
+    said = json.loads(response.body)["error"]
+    assert (said["code"], said["data"]["status"]) == (refuse.rpc_code, refuse.status)
+    assert problem(refuse).status == refuse.status, "plain routes speak HTTP"
+
+
+def test_an_accepted_task_is_answered_to_a_modern_sender_in_his_shape_under_our_id() -> None:
+    """1.0: SendMessage answers a oneof, GetTask the bare Task. Parts are nobody's business."""
+    said = {"messageId": "m", "taskId": "t", "parts": [{"data": {"taskId": "t", "id": "t"}}]}
+    task = {
+        "id": "t",
+        "contextId": "c",
+        "status": {"state": "TASK_STATE_COMPLETED", "message": said},
+        "history": [said],
+    }
+    answer = json.dumps({"jsonrpc": "2.0", "id": 1, "result": task}).encode()
+    body = followed(answer, QUEUE_ID, "7")
+    assert body is not None
+    ours = {**said, "taskId": str(QUEUE_ID)}
+    expected = {**task, "id": str(QUEUE_ID), "status": {"state": "TASK_STATE_COMPLETED", "message": ours}}
+    assert json.loads(body) == {"jsonrpc": "2.0", "id": 7, "result": {"task": {**expected, "history": [ours]}}}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"result": {"task": {"id": "t", "status": {"state": "TASK_STATE_COMPLETED"}}}},
+        {"result": {"message": {"messageId": "m", "parts": []}}},
+        {"error": {"code": -32602, "message": "no"}},
+        {"result": None},
+        [],
+    ],
+)
+def test_what_the_agent_answered_to_the_message_stays_as_it_came(answer: Any) -> None:
+    assert followed(json.dumps(answer).encode(), QUEUE_ID, "7") is None
+    assert followed(b"{", QUEUE_ID, "7") is None

@@ -190,6 +190,28 @@ async def test_a_keep_of_which_nothing_is_heard_does_not_stick(after_s: float, p
     assert keeps.pending("w") == pending
 
 
+@pytest.mark.parametrize(("after_s", "pending"), [(9.9, 1), (10.0, 1), (10.1, 0)])
+async def test_a_keep_from_an_absence_of_the_queue_service_counts_until_that_has_had_time_to_read(
+    after_s: float, pending: int
+) -> None:
+    copies, mine = Copies("me"), keep(1)
+    handlers = Handlers(copies, unread=lambda: None)
+    copies.keeps.promise(mine)
+    for seconds in (0, 30, 35, 30 + after_s):  # away from 0 to 30
+        await handlers.snapshots([snapshot(seconds)])
+    assert copies.keeps.pending("w") == pending
+    assert copies.keeps.find(mine.queue_id) is mine, "GET /queue answers for it meanwhile"
+
+
+async def test_a_promise_of_which_nothing_is_heard_is_still_a_promise() -> None:
+    """B-18: the queue waits for its database longer than a keep counts; GET must not call the id unknown."""
+    keeps, mine = Keeps(), keep()
+    keeps.promise(mine)
+    keeps.covered("w", T0 + 60, waiting=0)
+    assert keeps.pending("w") == 0
+    assert keeps.find(mine.queue_id) is mine
+
+
 @pytest.mark.parametrize("status", [status for status in ItemStatus if status is not ItemStatus.QUEUED])
 async def test_an_item_that_left_the_line_no_longer_counts(status: ItemStatus) -> None:
     keeps, mine = Keeps(), keep()
@@ -296,6 +318,29 @@ def test_in_use_follows_forwards_between_beats() -> None:
     assert use.in_use(T0 + 6) == 1, "something that is not ours"
 
 
+OVERTAKEN = [
+    ("sampled earlier", 1, 99.9, True),
+    ("the same sample", 1, 100.0, False),
+    ("sampled later", 1, 100.1, False),
+    ("another life", 2, 0.1, False),
+    ("it does not say", 1, None, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("incarnation", "uptime_s", "expected"), [row[1:] for row in OVERTAKEN], ids=[row[0] for row in OVERTAKEN]
+)
+def test_a_beat_is_overtaken_by_one_that_was_sampled_later(
+    incarnation: int, uptime_s: float | None, expected: bool
+) -> None:
+    use = Uses("me").of("w")
+    assert not use.was_overtaken(1, 100.0), "nothing was heard yet"
+    use.hear_heartbeat(heartbeat(0, 0, uptime_s=100.0))
+    assert use.was_overtaken(incarnation, uptime_s) is expected
+    use.heard_at -= 10
+    assert not use.was_overtaken(incarnation, uptime_s), "no beat travels for 10 s: the agent's clock went back"
+
+
 @pytest.mark.parametrize(("outcome", "expected"), [("answered", 0), ("busy", 0), ("unknown", 1), ("accepted", 1)])
 def test_how_a_forward_ended_decides_what_counts(outcome: str, expected: int) -> None:
     uses = Uses("me")
@@ -313,6 +358,8 @@ def test_an_old_beat_and_one_of_an_older_life_change_nothing() -> None:
     assert use.in_use(T0 + 5) == 1
     use.renew(3)
     assert use.in_use(T0 + 5) == 0, "what the last life said of itself is void"
+    use.hear_heartbeat(heartbeat(1, 1, incarnation=3))
+    assert use.in_use(T0 + 5) == 1, "the first beat of a new life is heard, whatever the clocks say"
 
 
 @pytest.mark.parametrize(("age_s", "expected"), [(64.9, 1), (65.0, 1), (65.1, 0)])
@@ -345,8 +392,9 @@ def test_a_peer_s_forward_that_ended_lets_the_agent_go() -> None:
     ended = Ended(session_id="x", outcome="answered", started_at=at(-5), ended_at=at(1))
     use.hear_peer(peer(1, 1, ended=(ended,)))
     assert use.in_use(T0 + 1) == 0
-    use.hear_peer(peer(2, 2))
-    assert not use.peers
+    use.hear_peer(peer(3, 2))
+    use.hear_peer(peer(2, 2, "y"))
+    assert use.in_use(T0 + 2) == 1, "what is older changes nothing, also after an empty one"
 
 
 def test_a_delivery_that_a_newer_backlog_no_longer_names_has_ended() -> None:
@@ -363,6 +411,20 @@ def test_a_delivery_that_a_newer_backlog_no_longer_names_has_ended() -> None:
         copies.backlogs.hear(fact)
         handlers._shown("w")
         assert use.in_use(T0 + 3) == expected
+
+
+@pytest.mark.parametrize(("active", "expected"), [(0, 0), (1, 1)], ids=["its beats say idle", "its beats say busy"])
+def test_of_a_delivery_in_a_stale_copy_only_the_agent_s_own_beats_tell(active: int, expected: int) -> None:
+    copies = Copies("me")
+    use = copies.uses.of("w")
+    running = Running(session_id="q:1", key_hash=b"k" * 32, started_at=at(1))
+    copies.backlogs.hear(
+        WorkspaceBacklog(workspace_id="w", rev=1, occurred_at=at(1), waiting=0, in_use=1, running=[running])
+    )
+    Handlers(copies, unread=lambda: None)._shown("w")
+    use.hear_heartbeat(heartbeat(3, active))
+    assert use.in_use(T0 + 4) == 1
+    assert use.in_use(T0 + 4, copy_is_stale=True) == expected
 
 
 def test_a_beat_names_what_runs_and_what_ended_lately_under_growing_numbers() -> None:
@@ -383,7 +445,7 @@ def test_a_beat_names_what_runs_and_what_ended_lately_under_growing_numbers() ->
 async def test_the_same_message_joins_and_another_body_does_not() -> None:
     flights = Flights()
     key = ("w", CALLER, b"k")
-    flight = flights.begin(key, "message/send", b"body")
+    flight = flights.begin(key, "message/send", b"body", uuid7())
     assert flights.look(key, "message/send", b"body") is InFlight.SAME
     assert flights.look(key, "message/send", b"other") is InFlight.OTHER_BODY
     assert flights.look(("w", OTHER, b"k"), "message/send", b"body") is InFlight.NO, "A-Q-02: keys are a caller's own"

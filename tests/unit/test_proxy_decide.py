@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from services.proxy.decide import (
     Arrival,
+    Ask,
     Attach,
     Forward,
     Head,
@@ -32,7 +33,7 @@ IDLE = Arrival(copied_at=NOW, now=NOW)
 FAULT = Refuse(413, "body_too_large", "…")
 
 
-def refused(verdict: Verdict) -> tuple[int, str]:
+def refused(verdict: Verdict | Ask) -> tuple[int, str]:
     assert isinstance(verdict, Refuse)
     assert verdict.sentence.endswith("."), "it says what, why and what to do"
     return verdict.status, verdict.code
@@ -108,10 +109,11 @@ def test_the_first_row_that_is_true_decides() -> None:
         "fault": FAULT,
         "priority": Priority.CRITICAL,
         "in_flight": InFlight.SAME,
-        "keyed": True,
-        "repeated": True,
+        "known": True,
         "key_running": True,
         "share": Share(depth=1000),
+        "keyed": True,
+        "repeated": True,
         "limited_wait": True,
         "to_itself": True,
         "queue_first": True,
@@ -127,13 +129,15 @@ def test_the_first_row_that_is_true_decides() -> None:
     seen = []
     for name in list(everything):
         verdict = route(replace(IDLE, **everything))
-        seen.append(verdict.code if isinstance(verdict, Refuse) else getattr(verdict, "reason", "attach"))
+        seen.append(
+            verdict.code if isinstance(verdict, Refuse) else getattr(verdict, "reason", type(verdict).__name__.lower())
+        )
         del everything[name]
     assert route(replace(IDLE, **everything)) == Forward()
     assert seen == [
-        "workspace_unknown", "body_too_large", "priority_not_allowed", "attach", "keyed", "repeated", "running",
-        "queue_full", "limited_wait", "self", "queue_first", "backlog", "no_copy", "paused", "offline", "gate_closed",
-        "no_url", "not_before", "at_capacity",
+        "workspace_unknown", "body_too_large", "priority_not_allowed", "attach", "keyed", "running", "ask",
+        "keyed", "repeated", "limited_wait", "self", "queue_first", "backlog", "no_copy", "paused", "offline",
+        "gate_closed", "no_url", "not_before", "at_capacity",
     ]  # fmt: skip
 
 
@@ -173,12 +177,31 @@ def test_depth_and_share(share: Share, expected: tuple[int, str] | None) -> None
         assert verdict.retry_after_s
 
 
-def test_a_key_that_may_stand_for_an_item_is_not_refused_for_depth() -> None:
-    """Its item may be one of those that wait: only the queue can tell."""
-    full = replace(IDLE, share=Share(depth=1000), backlog=1000)
-    assert route(replace(full, keyed=True)) == Keep(Reason.KEYED)
-    assert route(replace(full, repeated=True)) == Keep(Reason.REPEATED)
-    assert refused(route(replace(full, queue_first=True))) == (429, "queue_full")
+FULL = replace(IDLE, share=Share(depth=1000), backlog=1000)
+NAMED = [
+    ("a key, not asked yet", {"keyed": True}, Ask()),
+    ("an id, not asked yet", {"repeated": True}, Ask()),
+    ("a key that stands for an item", {"keyed": True, "known": True}, Keep(Reason.KEYED)),
+    ("an id that stands for an item", {"repeated": True, "known": True}, Keep(Reason.REPEATED)),
+    ("a fresh key", {"keyed": True, "known": False}, (429, "queue_full")),
+    ("an id that stands for nothing", {"repeated": True, "known": False}, (429, "queue_full")),
+    ("both, of which neither is known", {"keyed": True, "repeated": True, "known": False}, (429, "queue_full")),
+    ("a key that runs", {"keyed": True, "key_running": True}, Keep(Reason.RUNNING)),
+    ("neither key nor id", {"queue_first": True}, (429, "queue_full")),
+]
+
+
+@pytest.mark.parametrize(("facts", "expected"), [row[1:] for row in NAMED], ids=[row[0] for row in NAMED])
+def test_only_what_has_its_place_passes_the_depth(facts: dict[str, Any], expected: object) -> None:
+    """A-Q-24, I2: a retry of what waits is never refused, and a fresh key buys no place."""
+    verdict = route(replace(FULL, **facts))
+    assert (refused(verdict) if isinstance(expected, tuple) else verdict) == expected
+
+
+@pytest.mark.parametrize("known", [None, True, False])
+def test_below_the_depth_nobody_is_asked(known: bool | None) -> None:
+    assert route(replace(IDLE, keyed=True, known=known)) == Keep(Reason.KEYED)
+    assert route(replace(IDLE, repeated=True, known=known)) == Keep(Reason.REPEATED)
 
 
 @given(

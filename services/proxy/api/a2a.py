@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
-from services.proxy.api import rendering
 from services.proxy.api.answers import Kept
 from services.proxy.api.ending import Endings
 from services.proxy.api.finding import Finding
@@ -22,12 +22,25 @@ from services.proxy.api.questions import Questions
 from services.proxy.api.rendering import CallerSink, Landed, parse_call, refuse_call
 from services.proxy.api.situation import Situation
 from services.proxy.api.tasks import Tasks
-from services.proxy.api.wire import Refused, Request, own_id
+from services.proxy.api.wire import Refused, Request
 from services.proxy.copies import Copies
 from services.proxy.copies.flights import Flight
 from services.proxy.copies.uses import LiveForward
-from services.proxy.decide import Arrival, Attach, Forward, Head, Keep, Reason, Refuse, Verdict, Workspace, admit, route
-from services.proxy.forward import Back, Broken, Ending, Passed, forward
+from services.proxy.decide import (
+    Arrival,
+    Ask,
+    Attach,
+    Forward,
+    Head,
+    Keep,
+    Reason,
+    Refuse,
+    Verdict,
+    Workspace,
+    admit,
+    route,
+)
+from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, forward
 from services.proxy.metrics import ATTACHED, FORWARDS, FORWARDS_RUNNING, STALE_COPY
 from services.proxy.settings import Settings
 from shared.a2a import Envelope, Verb
@@ -63,6 +76,8 @@ class A2A:
         keeper: Keeper,
         questions: Questions,
         agents: Agents,
+        addresser: Addresser,
+        tasks: Tasks,
         stopping: asyncio.Event,
         changed: Changed,
     ) -> None:
@@ -73,11 +88,11 @@ class A2A:
         self._keeper = keeper
         self._questions = questions
         self._agents = agents
+        self._tasks = tasks
         self._changed = changed
-        self._addresser = Addresser(settings, copies)
+        self._addresser = addresser
         self._situation = Situation(settings, copies)
         self._endings = Endings(copies, questions, stopping)
-        self._tasks = Tasks(questions, self._addresser, agents, settings)
 
     async def __call__(self, request: Request, workspace_id: str) -> str:
         """Answer the request; return the word for what became of it."""
@@ -107,12 +122,18 @@ class A2A:
                 request, caller, workspace.workspace_id, envelope,
                 hops=head.hops or 0, wait_max_s=self._settings.wait_max_s, now=now_utc(),
             )  # fmt: skip
-            message = await self._about_agents_task(message)
+            message = await self._tasks.resolve(message)
         except Refused as error:
             verdict = route(Arrival(head=head, fault=error.refuse))
             assert isinstance(verdict, Refuse), "a fault is refused"
             return await refuse_call(request, verdict, request_id)
         verdict = route(self._situation.arrival(head, message, workspace))
+        if isinstance(verdict, Ask):
+            known = await self._questions.knows(message)
+            # Much may have happened meanwhile: it is looked at anew, and from here on nothing is awaited.
+            arrival = self._situation.arrival(head, message, workspace)
+            verdict = route(replace(arrival, known=known or bool(arrival.known)))
+            assert not isinstance(verdict, Ask), "it is asked once"
         word, landed = await self._follow(verdict, request, message, workspace)
         _log(message, verdict, landed, became=word, took_s=time.perf_counter() - started)
         return word
@@ -132,22 +153,15 @@ class A2A:
                 STALE_COPY.inc(stale_copy)
                 return await self._begin(request, message, workspace, None)
 
-    async def _about_agents_task(self, message: Message) -> Message:
-        """A message about a Task of ours reaches the agent under the agent's own id for it."""
-        ours = own_id(message.envelope.task_id)
-        if ours is None:
-            return message
-        item = await self._questions.item(ours, message.caller)
-        agents_id = None if isinstance(item, Refuse) else rendering.agents_task_id(item)
-        return message.about_task(agents_id) if agents_id else message
-
     async def _begin(
         self, request: Request, message: Message, workspace: Workspace, reason: Reason | None
     ) -> tuple[str, Landed]:
         """Take the message in hand: `reason` says why it is kept, None that it goes to the agent."""
         key = (message.workspace_id, message.caller.caller_hash, message.key_hash)
         flights = self._copies.flights
-        flight = flights.begin(key, message.envelope.method, message.body_hash) if message.has_key else None
+        flight = None
+        if message.has_key:
+            flight = flights.begin(key, message.envelope.method, message.body_hash, message.queue_id)
         try:
             if message.wish is Wish.LIMITED and reason is not None:
                 with self._copies.keeps.waiting_for(message.queue_id) as waiter:
@@ -191,7 +205,7 @@ class A2A:
         FORWARDS_RUNNING.inc()
         self._changed(message.workspace_id)
         try:
-            ending = await forward(self._agents, outgoing, sink)
+            ending = await forward(self._agents, outgoing, sink, task_known=self._owner(message))
             counted = _COUNTED.get(ending.verdict.outcome, "answered")
         finally:
             FORWARDS_RUNNING.dec()
@@ -199,6 +213,13 @@ class A2A:
             self._changed(message.workspace_id)
         FORWARDS.labels(ending.verdict.outcome.value).inc()
         return ending
+
+    def _owner(self, message: Message) -> TaskKnown | None:
+        """A Task that the agent begins for this message is its caller's. One that the message named is whose it was."""
+        if message.envelope.task_id is not None:
+            return None
+        owners, workspace_id, caller_hash = self._copies.owners, message.workspace_id, message.caller.caller_hash
+        return lambda task_id: owners.tell(workspace_id, task_id, caller_hash)
 
     async def _attach(self, request: Request, message: Message) -> str:
         """Wait for the answer of the same message; each gets it under the id of its own request."""
@@ -214,7 +235,9 @@ class A2A:
                 raise
             return await refuse_call(request, LOST, message.request_id)
         assert isinstance(landed, Passed | Kept | Broken | Refuse)
-        return await self._endings.answer(request, message, landed, None)
+        # Where the keep is unknown, all retries must bring back one id: that under which the broker may have it.
+        joined = replace(message, queue_id=flight.queue_id)
+        return await self._endings.answer(request, joined, landed, None)
 
 
 def _log(message: Message, verdict: Verdict, landed: Landed | None, *, became: str, took_s: float) -> None:

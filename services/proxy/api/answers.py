@@ -149,6 +149,20 @@ def _with_id(inner: dict[str, Any], queue_id: str) -> dict[str, Any]:
     return inner
 
 
+def followed(answer: bytes, queue_id: UUID, request_id: str) -> bytes | None:
+    """What 1.0's GetTask said of an accepted Task, as SendMessage says it and under our id.
+
+    None: it is what the agent answered to the message itself, `{"task": …}` or `{"message": …}`.
+    """
+    try:
+        result = json.loads(answer)["result"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(result, dict) or not isinstance(result.get("status"), dict):
+        return None
+    return result_body({"task": _with_id(dict(result), str(queue_id))}, request_id)
+
+
 def agents_ids(item: Mapping[str, Any]) -> str | None:
     """The agent's own id of the Task that this item became; None: it became none that is known."""
     answer = item.get("answer")

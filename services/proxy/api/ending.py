@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from services.proxy.api import rendering
-from services.proxy.api.answers import Kept, result_body, task_of_item, with_request_id
+from services.proxy.api.answers import Kept, followed, result_body, task_of_item, with_request_id
 from services.proxy.api.message import Message, Wish
 from services.proxy.api.questions import Questions
 from services.proxy.api.rendering import Landed
@@ -17,6 +17,7 @@ from services.proxy.copies.keeps import Waiter
 from services.proxy.decide import Refuse
 from services.proxy.forward import Broken, Passed
 from shared.facts import ItemChanged, ItemStatus
+from shared.results import read_result
 
 _OPEN = ("queued", "dispatched")
 
@@ -76,7 +77,7 @@ class Endings:
 
     async def _ended(self, message: Message, kept: Kept, fact: ItemChanged) -> Response:
         if fact.answer is not None:
-            return _as_it_came(fact.answer, message, kept)
+            return self._as_it_came(fact.answer, message, kept)
         return await self._look(message, kept) or rendering.kept(message, kept, "working")
 
     async def _look(self, message: Message, kept: Kept) -> Response | None:
@@ -90,14 +91,17 @@ class Endings:
         if item.get("answer") is not None or item.get("answer_url") is not None:
             answer = await self._questions.answer(kept.queue_id, message.caller)
             if isinstance(answer, bytes):
-                return _as_it_came(answer, message, kept)
+                return self._as_it_came(answer, message, kept)
         ended = task_of_item(item, modern=message.dialect.modern)
         result = {"task": ended} if message.dialect.modern else ended
         return Response(200, result_body(result, message.request_id), headers=_ids(kept))
 
-
-def _as_it_came(answer: bytes, message: Message, kept: Kept) -> Response:
-    return Response(200, with_request_id(answer, message.request_id), headers=_ids(kept))
+    def _as_it_came(self, answer: bytes, message: Message, kept: Kept) -> Response:
+        task_id = read_result(answer).task_id
+        if task_id is not None:
+            self._copies.owners.tell(message.workspace_id, task_id, message.caller.caller_hash)
+        wrapped = followed(answer, kept.queue_id, message.request_id) if message.dialect.modern else None
+        return Response(200, wrapped or with_request_id(answer, message.request_id), headers=_ids(kept))
 
 
 def _ids(kept: Kept) -> list[tuple[bytes, bytes]]:

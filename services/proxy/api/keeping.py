@@ -54,6 +54,7 @@ class Keeper:
             priority=message.priority,
             reason=reason.value,
             promised_at=time.time(),
+            key_hash=message.key_hash,
         )
         told = self._copies.keeps.promise(keep)
         try:

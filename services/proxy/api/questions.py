@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -12,7 +13,9 @@ from uuid import UUID
 
 from uuid_utils.compat import uuid7
 
+from services.proxy.api.answers import agents_ids
 from services.proxy.api.identity import Caller
+from services.proxy.api.message import Message
 from services.proxy.api.wire import own_id
 from services.proxy.copies import Copies
 from services.proxy.decide import Refuse
@@ -25,7 +28,7 @@ AWAY = Refuse(503, "queue_away", "The queue service does not answer now. Ask aga
 NOT_YET = Refuse(
     503, "not_yet_visible", "The id is new, and the queue has not read it yet. Ask again.", retry_after_s=1
 )
-NOBODYS = Refuse(404, "item_unknown", "There is no such message of yours. Check the id.", -32001)
+NOBODYS = Refuse(404, "item_unknown", "There is no such task or message of yours. Check the id.", -32001, is_reply=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,11 @@ class Questions:
 
     async def ask(
         self,
-        verb: Literal["item", "list", "cancel", "answer"],
+        verb: Literal["item", "list", "cancel", "answer", "known"],
         *,
         caller_hash: bytes | None,
         queue_id: UUID | None = None,
+        key_hash: bytes | None = None,
         workspace_id: str = FLEET,
         status: str | None = None,
         priority: Priority | None = None,
@@ -69,6 +73,7 @@ class Questions:
             query_id=uuid7(),
             verb=verb,
             queue_id=queue_id,
+            key_hash=key_hash,
             caller_hash=caller_hash,
             status=status,
             priority=priority,
@@ -89,15 +94,29 @@ class Questions:
 
     async def item(self, queue_id: UUID, caller: Caller) -> Found | Refuse:
         """One item as 2-http shapes it, also one that was promised here and is not read yet."""
+        # Before the question: what the queue shows while its answer travels is no promise any more, and not yet found.
+        promised = self.promised(queue_id, caller)
         found = await self.ask("item", queue_id=queue_id, caller_hash=scope(caller))
         if found is not None and found.status == 200:  # noqa: PLR2004
-            return await self._followed(found, caller)
-        promised = self.promised(queue_id, caller)
+            found = await self._followed(found, caller)
+            self._tell_owner(found.read(), caller)
+            return found
         if promised is not None:
             return Found(200, json.dumps(promised).encode())
         if found is None:
             return AWAY
-        return await self.why_not(queue_id)
+        return await self.why_not(queue_id, caller)
+
+    async def knows(self, message: Message) -> bool:
+        """Whether its id or its explicit key stands for an item of its caller; no, where the queue does not say."""
+        found = await self.ask(
+            "known",
+            workspace_id=message.workspace_id,
+            caller_hash=message.caller.caller_hash,
+            queue_id=message.queue_id,
+            key_hash=message.key_hash if message.explicit_key else None,
+        )
+        return found is not None and found.status == 200  # noqa: PLR2004
 
     async def answer(self, queue_id: UUID, caller: Caller) -> bytes | Refuse:
         """The agent's answer to an item, byte for byte."""
@@ -108,6 +127,14 @@ class Questions:
         if found.status != 200:  # noqa: PLR2004
             return Refuse(found.status, str(said.get("code")), str(said.get("detail")), -32001)
         return base64.b64decode(said["answer_base64"])
+
+    def _tell_owner(self, item: Mapping[str, Any], caller: Caller) -> None:
+        """What the item shows of the agent's Task makes it this caller's, as the answer of a live forward does."""
+        if caller.is_operator:
+            return  # it may be anybody's item
+        for task_id in {item.get("agent_task_id"), agents_ids(item)}:
+            if isinstance(task_id, str):
+                self._copies.owners.tell(str(item["workspace_id"]), task_id, caller.caller_hash)
 
     async def _followed(self, found: Found, caller: Caller) -> Found:
         """A proposed id that turned out to be a duplicate stands for the first one's item."""
@@ -143,13 +170,23 @@ class Questions:
             "answer_url": None,
         }
 
-    async def why_not(self, queue_id: UUID) -> Refuse:
-        """Why the queue does not show this id to this caller: it is nobody's, another's, or too new to be there."""
-        age_s = datetime.now(UTC).timestamp() - (queue_id.int >> 80) / 1000
-        if age_s > self._settings.not_yet_visible_s:
-            return NOBODYS
+    async def why_not(self, queue_id: UUID, caller: Caller) -> Refuse:
+        """Why the queue does not show this id to this caller: it is nobody's, another's, or too new to be there.
+
+        It may have been read since it was asked for, and its promise been forgotten for that: then it is not nobody's.
+        """
         there = await self.ask("item", queue_id=queue_id, caller_hash=None)
-        return NOBODYS if there is not None and there.status == 200 else NOT_YET  # noqa: PLR2004
+        if there is None:
+            return NOT_YET
+        if there.status == 200:  # noqa: PLR2004
+            shown = (
+                there if caller.is_operator else await self.ask("item", queue_id=queue_id, caller_hash=scope(caller))
+            )
+            return NOT_YET if shown is None or shown.status == 200 else NOBODYS  # noqa: PLR2004
+        # While the queue service is away nothing is read: that time makes no id old.
+        known_since = max((queue_id.int >> 80) / 1000, self._copies.backlogs.unbroken_since)
+        age_s = datetime.now(UTC).timestamp() - known_since
+        return NOBODYS if age_s > self._settings.not_yet_visible_s else NOT_YET
 
 
 def scope(caller: Caller) -> bytes | None:

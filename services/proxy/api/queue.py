@@ -39,12 +39,12 @@ class Queue:
         """Take a waiting message out of the line (200); one that its agent has is asked to end (202)."""
         caller = await self._identity.require(request)
         wanted = _id(queue_id)
+        promised = self._questions.promised(wanted, caller) is not None
         found = await self._questions.ask("cancel", queue_id=wanted, caller_hash=scope(caller))
         if found is None:
             raise Refused(AWAY)
         if found.status == 404:  # noqa: PLR2004
-            promised = self._questions.promised(wanted, caller) is not None
-            raise Refused(NOT_YET if promised else await self._questions.why_not(wanted))
+            raise Refused(NOT_YET if promised else await self._questions.why_not(wanted, caller))
         return _passed(found)
 
     async def list(self, request: Request, workspace_id: str) -> Response:

@@ -82,15 +82,19 @@ class Registrar:
 
     async def heartbeat(self, request: Request) -> Response:
         """Take a beat; directives for the agent travel in the answer."""
+        received_at = time.time()  # before anything is waited for: the sample is older, and grows older with every wait
         caller = await self._identity.require(request)
         beat = await self._read(request, Heartbeat, HEARTBEAT_BYTES_MAX)
         if caller.workspace_id != beat.workspace_id and not caller.is_admin:
             raise Refused(Refuse(403, "not_yours", "A heartbeat is sent with the agent's own token."))
         workspace = await self._known(beat.workspace_id)
-        workspace = await self._same_life(workspace, beat)
+        workspace = await self._same_life(workspace, beat, received_at)
+        use = self._copies.uses.of(workspace.workspace_id)
+        if beat.boot_id is not None and use.was_overtaken(workspace.incarnation, beat.uptime_seconds):
+            raise Refused(_OVERTAKEN)
         fact = WorkspaceHeartbeat(
             workspace_id=workspace.workspace_id,
-            rev=time.time_ns() // 1000,
+            rev=int(received_at * 1e6),
             incarnation=workspace.incarnation,
             active_tasks=beat.active_tasks,
             max_concurrent_tasks=beat.max_concurrent_tasks,
@@ -100,7 +104,7 @@ class Registrar:
             runtime_state=display(beat.runtime_state) if beat.runtime_state else None,
             acknowledged=[each.id for each in beat.acknowledged],
         )
-        self._copies.uses.of(workspace.workspace_id).hear_heartbeat(fact)
+        use.hear_heartbeat(fact)
         self._publisher.post(fact)
         HEARTBEATS.inc()
         return answer(200, {"status": "ok", "directives": self._directives(workspace)})
@@ -123,7 +127,7 @@ class Registrar:
         del workspace
         return []
 
-    async def _same_life(self, workspace: Workspace, beat: Heartbeat) -> Workspace:
+    async def _same_life(self, workspace: Workspace, beat: Heartbeat, received_at: float) -> Workspace:
         """The row at the incarnation that this beat belongs to: written only where it is another life."""
         boot_id = display(beat.boot_id) if beat.boot_id else None
         by, renewed = "heartbeat", None
@@ -134,7 +138,7 @@ class Registrar:
                 if boot_id != workspace.boot_id:
                     raise Refused(_REPLACED)
         elif boot_id is None and workspace.boot_id is None and beat.uptime_seconds is not None:
-            booted_at = time.time() - beat.uptime_seconds
+            booted_at = received_at - beat.uptime_seconds
             if workspace.booted_at is None or booted_at > workspace.booted_at + UPTIME_SLACK_S:
                 by, renewed = "uptime", await self._store.renew_uptime(workspace.workspace_id, booted_at)
                 if renewed is None:
@@ -195,6 +199,9 @@ class Registrar:
 
 _REPLACED = Refuse(
     409, "process_replaced", "Another process of this agent has registered since. End this one, or start it anew."
+)
+_OVERTAKEN = Refuse(
+    503, "beat_overtaken", "A beat that was sampled later came in before this one. Send the next one.", retry_after_s=1
 )
 
 

@@ -8,7 +8,7 @@ from services.proxy.api.finding import presence
 from services.proxy.api.message import Message, Wish
 from services.proxy.api.wire import Request
 from services.proxy.copies import Copies
-from services.proxy.decide import Arrival, Head, InFlight, Share, Standing, Workspace
+from services.proxy.decide import Arrival, Head, InFlight, Share, Standing, Workspace, is_stale
 from services.proxy.settings import Settings
 
 
@@ -34,6 +34,8 @@ class Situation:
         if message.has_key:
             in_flight = copies.flights.look(key, message.envelope.method, message.body_hash)
         status = copies.registry.status(workspace)
+        copied_at = copies.backlogs.copied_at(workspace_id)
+        copy_is_stale = is_stale(copied_at, now, self._settings.copy_stale_s)
         own_not_before = message.not_before.timestamp() if message.not_before else None
         return Arrival(
             head=head,
@@ -42,23 +44,30 @@ class Situation:
             in_flight=in_flight,
             keyed=message.explicit_key,
             repeated=message.repeated,
+            known=self._known(message, workspace_id),
             key_running=use.runs_key(message.key_hash, now),
             limited_wait=message.wish is Wish.LIMITED,
             to_itself=message.caller.caller_id == workspace_id,
             queue_first=workspace.settings.get("admission") == "queue_first",
             share=self._share(message, workspace, view.waiting + pending),
             backlog=view.waiting + pending,
-            copied_at=copies.backlogs.copied_at(workspace_id),
+            copied_at=copied_at,
             copy_stale_s=self._settings.copy_stale_s,
             paused=workspace.paused or workspace.desired == "stopped",
             status=status.status if status else None,
             gate_closed=view.gate_closed,
             has_url=bool(workspace.url),
             not_before=max(filter(None, (view.not_before, own_not_before)), default=None),
-            in_use=use.in_use(now),
+            in_use=use.in_use(now, copy_is_stale=copy_is_stale),
             in_use_max=use.max_concurrent or workspace.max_concurrent,
             now=now,
         )
+
+    def _known(self, message: Message, workspace_id: str) -> bool | None:
+        if not (message.explicit_key or message.repeated):
+            return None
+        has, whose = self._copies.keeps.has, message.caller.caller_hash
+        return has(workspace_id, whose, queue_id=message.queue_id, key_hash=message.key_hash) or None
 
     def _share(self, message: Message, workspace: Workspace, depth: int) -> Share:
         if not depth:

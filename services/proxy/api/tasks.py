@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Awaitable, Callable
+from functools import partial
 from uuid import UUID
 
 from services.proxy.api.answers import result_body, task_of_item
 from services.proxy.api.identity import Caller
+from services.proxy.api.message import Message
 from services.proxy.api.outgoing import Addresser
+from services.proxy.api.owning import UNREADABLE, Owning
 from services.proxy.api.questions import AWAY, NOBODYS, NOT_YET, Found, Questions, scope
-from services.proxy.api.rendering import EVENT_STREAM, CallerSink, broken
-from services.proxy.api.wire import Request, Response, own_id, rpc_error
+from services.proxy.api.rendering import EVENT_STREAM, CallerSink, agents_task_id, broken, refuse_call
+from services.proxy.api.wire import Refused, Request, Response, own_id, rpc_error
 from services.proxy.decide import Refuse, Workspace
-from services.proxy.forward import Broken, Passed, forward
+from services.proxy.forward import RECORDED_BYTES_MAX, Broken, Passed, forward
 from services.proxy.settings import Settings
 from shared.a2a import Envelope, Verb
 from shared.agents import Agents
@@ -24,19 +28,25 @@ from shared.results import read_result
 
 _OURS = (Verb.GET, Verb.CANCEL, Verb.SUBSCRIBE)
 _NO_SUCH_TASK = -32001
-NOT_CANCELABLE = Refuse(409, "not_cancelable", "The task has ended, and stays as it is.", -32002)
+NOT_CANCELABLE = Refuse(409, "not_cancelable", "The task has ended, and stays as it is.", -32002, is_reply=True)
 NO_AGENT = Refuse(
     503, "no_agent", "Its agent is reachable nowhere now. Send messages: those are kept.", retry_after_s=30
 )
 
+Look = Callable[[bytes], Awaitable[bytes | Refuse]]
+"""Looks at an answer before the caller does: what he gets in its place."""
+
 
 class Tasks:
-    """Everything on the A2A route that is no message."""
+    """Everything on the A2A route that is no message, and what of a message names a task."""
 
-    def __init__(self, questions: Questions, addresser: Addresser, agents: Agents, settings: Settings) -> None:
+    def __init__(
+        self, questions: Questions, addresser: Addresser, agents: Agents, owning: Owning, settings: Settings
+    ) -> None:
         self._questions = questions
         self._addresser = addresser
         self._agents = agents
+        self._owning = owning
         self._settings = settings
 
     async def __call__(
@@ -46,22 +56,52 @@ class Tasks:
         item = await self._questions.item(queue_id, caller) if queue_id is not None else NOBODYS
         if isinstance(item, Found) and queue_id is not None:
             response = await self._ours(item, queue_id, caller, workspace, envelope)
+            if isinstance(response, Refuse):
+                return await refuse_call(request, response, envelope.request_id or "null")
             await response.send(request.send)
-            return "answered" if response.status < 400 else "refused"  # noqa: PLR2004
-        return await self._agents_own(request, workspace, envelope, hops, unsure=item is not NOBODYS)
+            return "answered"
+        refuse = await self._owning.refuse(workspace.workspace_id, caller, envelope.task_ids)
+        if refuse is not None:
+            return await refuse_call(request, refuse, envelope.request_id or "null")
+        look: Look | None = None
+        if item is not NOBODYS and envelope.verb is not Verb.SUBSCRIBE:  # a subscription may last: it is not held back
+            look = _if_not_yet
+        elif envelope.verb is Verb.LIST and not caller.is_operator:
+            look = partial(self._owning.only_own, workspace.workspace_id, caller)
+        return await self._agents_own(request, workspace, envelope, hops, look)
+
+    async def resolve(self, message: Message) -> Message:
+        """The message as the agent can read it: a Task of ours is named by the agent's own id for it.
+
+        Raises:
+            Refused: it names another's task.
+        """
+        strange = message.envelope.task_ids
+        if not strange:
+            return message
+        ours = own_id(message.envelope.task_id)
+        item = await self._questions.item(ours, message.caller) if ours is not None else NOBODYS
+        agents_id = None if isinstance(item, Refuse) else agents_task_id(item)
+        if agents_id:
+            message = message.about_task(agents_id)
+            strange -= {str(message.envelope.task_id)}
+        refuse = await self._owning.refuse(message.workspace_id, message.caller, strange)
+        if refuse is not None:
+            raise Refused(refuse)
+        return message
 
     async def _ours(
         self, item: Found, queue_id: UUID, caller: Caller, workspace: Workspace, envelope: Envelope
-    ) -> Response:
+    ) -> Response | Refuse:
         request_id = envelope.request_id or "null"
         modern = "/" not in envelope.method
         said = await self._whole(item, caller)
         if said.get("workspace_id") != workspace.workspace_id:
-            return rpc_error(NOBODYS, request_id)
+            return NOBODYS
         if envelope.verb is Verb.CANCEL:
             canceled = await self._cancel(queue_id, caller)
             if isinstance(canceled, Refuse):
-                return rpc_error(canceled, request_id)
+                return canceled
             said = canceled
         found = {**task_of_item(said, modern=modern), "id": str(queue_id)}
         if envelope.verb is Verb.SUBSCRIBE:
@@ -94,9 +134,9 @@ class Tasks:
                 return NOT_CANCELABLE
 
     async def _agents_own(
-        self, request: Request, workspace: Workspace, envelope: Envelope, hops: int, *, unsure: bool
+        self, request: Request, workspace: Workspace, envelope: Envelope, hops: int, look: Look | None
     ) -> str:
-        """Pass it on. `unsure`: the id may be one of ours that cannot be seen now: "no such task" is not the answer."""
+        """Pass it on. `look` is given the answer before the caller is: it says what the caller gets in its place."""
         request_id = envelope.request_id or "null"
         if not workspace.url:
             await rpc_error(NO_AGENT, request_id).send(request.send)
@@ -104,39 +144,59 @@ class Tasks:
         added = {"jsonrpc": "2.0"} if "jsonrpc" not in envelope.spans else {}
         outgoing = self._addresser.outgoing(request, workspace, envelope.with_values(added), hops=hops, queue_id=None)
         caller_sink = CallerSink(request.send, self._settings.caller_stall_s)
-        # A subscription may last: it is not held back.
-        sink = _Held(caller_sink) if unsure and envelope.verb is not Verb.SUBSCRIBE else None
+        sink = _Held(caller_sink, may_pass=look is _if_not_yet) if look is not None else None
         ending = await forward(self._agents, outgoing, sink or caller_sink, keepable=False)
         if isinstance(ending, Broken):
             await broken(ending.verdict, request_id, workspace.workspace_id).send(request.send)
             return "failed"
-        if sink is not None and isinstance(ending, Passed):
-            if ending.recorded is not None and read_result(ending.recorded).error_code == _NO_SUCH_TASK:
-                await rpc_error(NOT_YET, request_id).send(request.send)
-                return "failed"
-            await sink.release()
+        if look is not None and sink is not None and isinstance(ending, Passed) and not sink.is_open:
+            shown = await look(ending.recorded) if ending.recorded is not None else UNREADABLE
+            if isinstance(shown, Refuse):
+                return await refuse_call(request, shown, request_id)
+            await sink.release(shown)
         return "answered"
 
 
+async def _if_not_yet(answer: bytes) -> bytes | Refuse:
+    """The id may be one of ours that cannot be seen now: "no such task" is not the answer."""
+    return NOT_YET if read_result(answer).error_code == _NO_SUCH_TASK else answer
+
+
 class _Held:
-    """Holds a short answer back until it has been looked at."""
+    """Holds an answer back until it has been looked at. One that is too large for it passes, if it `may_pass`."""
 
-    def __init__(self, sink: CallerSink) -> None:
+    def __init__(self, sink: CallerSink, *, may_pass: bool) -> None:
         self._sink = sink
-        self._start: tuple[int, list[tuple[bytes, bytes]], int | None] | None = None
+        self._may_pass = may_pass
+        self._start: tuple[int, list[tuple[bytes, bytes]]] | None = None
         self._pieces: list[bytes] = []
+        self._size = 0
+        self.is_open = False
 
-    async def start(self, status: int, headers: object, length: int | None) -> None:
+    async def start(self, status: int, headers: object, length: int | None) -> None:  # noqa: ARG002 - it may change
         assert isinstance(headers, list)
-        self._start = (status, headers, length)
+        self._start = (status, headers)
 
-    async def write(self, chunk: bytes, *, more: bool) -> None:  # noqa: ARG002 - it ends when it is released
+    async def write(self, chunk: bytes, *, more: bool) -> None:
+        if self.is_open:
+            await self._sink.write(chunk, more=more)
+            return
+        self._size += len(chunk)
         self._pieces.append(chunk)
+        if self._size > RECORDED_BYTES_MAX:
+            held, self._pieces = b"".join(self._pieces), []
+            if self._may_pass:
+                await self._open(held, None, more=more)
 
     def cut(self) -> None:
         self._sink.cut()
 
-    async def release(self) -> None:
+    async def release(self, shown: bytes) -> None:
+        """Let `shown` pass in its place."""
+        await self._open(shown, len(shown), more=False)
+
+    async def _open(self, first: bytes, length: int | None, *, more: bool) -> None:
         assert self._start is not None
-        await self._sink.start(*self._start)
-        await self._sink.write(b"".join(self._pieces), more=False)
+        self.is_open = True
+        await self._sink.start(*self._start, length)
+        await self._sink.write(first, more=more)

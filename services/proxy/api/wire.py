@@ -1,7 +1,8 @@
 """HTTP as the routes see it: a request with a bounded body, an answer, and the two forms of an error.
 
-Errors on plain routes are problem+json, on A2A routes JSON-RPC errors with their HTTP status; both carry the code, a
-sentence that says what, why and what to do, and Retry-After where it helps.
+Errors on plain routes are problem+json, on A2A routes JSON-RPC errors with their HTTP status, but for those that are
+replies of the protocol itself. All carry the code, a sentence that says what, why and what to do, and Retry-After where
+it helps.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def rpc_error(refuse: Refuse, request_id: str, data: Mapping[str, Any] | None = 
     REFUSED.labels(refuse.code).inc()
     details = {"code": refuse.code, "class": "refused", "status": refuse.status, "text": refuse.sentence}
     body = error_body(refuse.rpc_code, refuse.sentence, request_id=request_id, data={**details, **(data or {})})
-    return Response(refuse.status, body, headers=error_headers(refuse))
+    return Response(200 if refuse.is_reply else refuse.status, body, headers=error_headers(refuse))
 
 
 def error_headers(refuse: Refuse) -> Pairs:

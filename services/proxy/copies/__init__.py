@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from services.proxy.copies.backlogs import Backlogs
 from services.proxy.copies.flights import Flights
 from services.proxy.copies.keeps import Keeps
+from services.proxy.copies.owners import Owners
 from services.proxy.copies.queries import Queries
 from services.proxy.copies.registry import Registry
 from services.proxy.copies.uses import Uses
 
-__all__ = ["Backlogs", "Copies", "Flights", "Keeps", "Queries", "Registry", "Uses"]
+__all__ = ["Backlogs", "Copies", "Flights", "Keeps", "Owners", "Queries", "Registry", "Uses"]
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class Copies:
     backlogs: Backlogs = field(default_factory=Backlogs)
     keeps: Keeps = field(default_factory=Keeps)
     flights: Flights = field(default_factory=Flights)
+    owners: Owners = field(default_factory=Owners)
     queries: Queries = field(default_factory=Queries)
     uses: Uses = field(init=False)
 

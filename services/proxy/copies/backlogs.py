@@ -12,6 +12,8 @@ from uuid import UUID
 
 from shared.facts import Backlog, BacklogSnapshot, Running, WorkspaceBacklog
 
+GAP_S = 10.0
+"""Snapshots come every 5 s: after so long without one the queue service, or the broker, was away."""
 _PARTIAL_MAX = 8
 """Snapshots that are not complete yet; older ones never will be."""
 
@@ -43,6 +45,8 @@ class Backlogs:
 
     snapshot_at: float | None = None
     """Of the last complete snapshot; None: there never was one, so nothing is known."""
+    unbroken_since: float = 0.0
+    """Of the first snapshot after the last gap: what was kept before it may be read only now."""
     _views: dict[str, View] = field(default_factory=dict)
     _partial: dict[UUID, _Partial] = field(default_factory=dict)
 
@@ -80,6 +84,8 @@ class Backlogs:
                 # Its rev stays, so that a late change from before the snapshot is still old.
                 self._views[name] = View(rev=view.rev, at=at)
                 changed.append(name)
+        if self.snapshot_at is not None and at - self.snapshot_at > GAP_S:
+            self.unbroken_since = at
         self.snapshot_at = max(at, self.snapshot_at or at)
         return changed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from services.proxy.decide import InFlight
 
@@ -20,6 +21,8 @@ class Flight:
 
     method: str
     body_hash: bytes
+    queue_id: UUID
+    """What it is kept under, if it is: whoever joined it is told this id and none of his own."""
     landed: asyncio.Future[object]
     """What became of it, for those who joined; `api` knows the kinds."""
     joined: int = 0
@@ -41,8 +44,8 @@ class Flights:
     def find(self, key: FlightKey) -> Flight | None:
         return self._flights.get(key)
 
-    def begin(self, key: FlightKey, method: str, body_hash: bytes) -> Flight:
-        flight = Flight(method, body_hash, asyncio.get_running_loop().create_future())
+    def begin(self, key: FlightKey, method: str, body_hash: bytes, queue_id: UUID) -> Flight:
+        flight = Flight(method, body_hash, queue_id, asyncio.get_running_loop().create_future())
         self._flights[key] = flight
         return flight
 

@@ -17,7 +17,7 @@ from shared.facts import ItemChanged, ItemKept, ItemStatus, Priority
 
 _LOST_S = 10.0
 """A backlog that was read this long after a keep was promised, and a keep of which nothing was ever heard: the queue
-has read it, or the broker never had it."""
+has read it, or the broker never had it. Counted from the end of the queue service's last absence, if that was later."""
 _PROMISED_MAX = 20_000
 """Promises that are remembered for GET /queue; the oldest go first, and are asked of the queue from then on."""
 
@@ -35,6 +35,7 @@ class Keep:
     promised_at: float
     shown_at: float | None = None
     told: asyncio.Future[ItemKept] | None = None
+    key_hash: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -87,6 +88,14 @@ class Keeps:
         """A promise that the queue has not shown yet."""
         return self._promised.get(queue_id)
 
+    def has(self, workspace_id: str, caller_hash: bytes, *, queue_id: UUID, key_hash: bytes) -> bool:
+        """Whether this id or this key is one of this caller's promises that the queue has not covered yet."""
+        pending = self._pending.get(workspace_id)
+        return pending is not None and any(
+            keep.caller_hash == caller_hash and (keep.queue_id == queue_id or keep.key_hash == key_hash)
+            for keep in pending.values()
+        )
+
     def pending(self, workspace_id: str) -> int:
         return len(self._pending.get(workspace_id, ()))
 
@@ -97,7 +106,7 @@ class Keeps:
             return 0, 0
         return held.counts[caller_hash], len(held.items) - held.counts[caller_hash]
 
-    def hear_kept(self, fact: ItemKept, copied_at: float | None) -> None:
+    def hear_kept(self, fact: ItemKept, copied_at: float | None, *, unbroken_since: float = 0.0) -> None:
         keep = self._promised.pop(fact.queue_id, None)
         if keep is None:
             return
@@ -108,7 +117,7 @@ class Keeps:
             self._drop_pending(keep.workspace_id, keep.queue_id)
             self._release(keep.workspace_id, keep.queue_id)
         elif copied_at is not None:
-            self.covered(keep.workspace_id, copied_at)
+            self.covered(keep.workspace_id, copied_at, unbroken_since=unbroken_since)
 
     def hear_changed(self, fact: ItemChanged) -> None:
         for waiter in self._waiters.get(fact.queue_id, ()):
@@ -120,17 +129,16 @@ class Keeps:
             self._drop_pending(fact.workspace_id, fact.queue_id)
             self._release(fact.workspace_id, fact.queue_id)
 
-    def covered(self, workspace_id: str, copied_at: float, *, waiting: int | None = None) -> None:
+    def covered(
+        self, workspace_id: str, copied_at: float, *, waiting: int | None = None, unbroken_since: float = 0.0
+    ) -> None:
         """A copy of the backlog was true at `copied_at`: what it must hold counts there, not here."""
         pending = self._pending.get(workspace_id)
         for keep in list(pending.values()) if pending else ():
             known = keep.shown_at is not None and copied_at >= keep.shown_at
-            if known or copied_at > keep.promised_at + _LOST_S:
+            if known or copied_at > max(keep.promised_at, unbroken_since) + _LOST_S:
+                # It stays promised: the queue may still wait for its database, and a GET must not say "unknown".
                 self._drop_pending(workspace_id, keep.queue_id)
-                if (
-                    keep.shown_at is None
-                ):  # nobody ever heard of it: what was promised was not kept, and GET asks the queue
-                    self._promised.pop(keep.queue_id, None)
         if waiting == 0 and not self.pending(workspace_id):
             # Nothing waits there at all: whatever was not heard to end has ended.
             self._held.pop(workspace_id, None)

@@ -17,6 +17,10 @@ from shared.capacity import FORWARDS_FRESH_S, Beat, counts_as_ended, in_use
 from shared.facts import Ended, ProxyBeat, Running, WorkspaceHeartbeat
 
 ENDED_KEEP_S = 60.0
+_PEER_KEEP_S = 4 * FORWARDS_FRESH_S
+"""How long another proxy's last beat is remembered."""
+_IN_FLIGHT_S = 10.0
+"""No beat is on its way for longer: an uptime that goes back later than this is the agent's own clock."""
 _ENDED_MAX = 256
 """Ended forwards that are remembered per workspace. Beyond it a beat may count a little too much."""
 _NOT_BEGUN = frozenset({"busy", "not_delivered"})
@@ -62,6 +66,8 @@ class Use:
     beat_rev: int = 0
     heard_at: float = 0.0
     """`time.monotonic()` of the last beat: a silent turn of an agent that beats is not cut."""
+    uptime_s: float | None = None
+    """What its last beat said: the agent's own clock at the moment of its sample."""
     max_concurrent: int | None = None
     """What its last beat said, if it said something."""
     own: dict[str, LiveForward] = field(default_factory=dict)
@@ -74,9 +80,13 @@ class Use:
     ended_since: int = 0
     delivering_since: int = 0
 
-    def in_use(self, now: float) -> int:
-        """Tasks that the agent has in hand, as far as this replica knows."""
-        running = len(self.own) + len(self.deliveries)
+    def in_use(self, now: float, *, copy_is_stale: bool = False) -> int:
+        """Tasks that the agent has in hand, as far as this replica knows.
+
+        `copy_is_stale`: the queue service has long said nothing. Its last word that a delivery runs would hold an agent
+        busy until it is back; whether that one is idle its own beats say.
+        """
+        running = len(self.own) + (0 if copy_is_stale else len(self.deliveries))
         started = self.started_since + self.delivering_since
         ended = self.ended_since
         for peer in self.peers.values():
@@ -100,15 +110,24 @@ class Use:
     def renew(self, incarnation: int) -> None:
         """Another life: what the last one said of itself is void."""
         if incarnation > self.incarnation:
-            self.incarnation, self.beat, self.max_concurrent = incarnation, None, None
+            self.incarnation, self.beat, self.max_concurrent, self.uptime_s = incarnation, None, None, None
+            self.beat_rev = 0
+
+    def was_overtaken(self, incarnation: int, uptime_s: float | None) -> bool:
+        """Whether a beat of the same process that was sampled later has come in a moment ago."""
+        if uptime_s is None or self.uptime_s is None or incarnation != self.incarnation:
+            return False
+        return uptime_s < self.uptime_s and time.monotonic() - self.heard_at < _IN_FLIGHT_S
 
     def hear_heartbeat(self, fact: WorkspaceHeartbeat) -> None:
-        if fact.incarnation < self.incarnation or fact.rev <= self.beat_rev:
+        # Within one life: a restarted agent may beat through a proxy whose clock is behind the last one's.
+        if fact.incarnation < self.incarnation or (fact.incarnation == self.incarnation and fact.rev <= self.beat_rev):
             return
         self.incarnation = fact.incarnation
         self.beat_rev = fact.rev
         self.beat = Beat(fact.active_tasks, fact.rev / 1e6, fact.cadence_s)
         self.heard_at = time.monotonic()
+        self.uptime_s = fact.uptime_s
         self.max_concurrent = fact.max_concurrent_tasks
         self.recount()
 
@@ -116,10 +135,11 @@ class Use:
         known = self.peers.get(fact.proxy_id)
         if known is not None and fact.rev <= known.rev:
             return
-        if not fact.forwards and not fact.ended:
-            self.peers.pop(fact.proxy_id, None)
-            return
-        peer = self.peers[fact.proxy_id] = _Peer(fact.rev, fact.occurred_at.timestamp(), fact)
+        # An empty one is kept too, for its rev: an older beat that comes late must not revive what has ended.
+        peer = _Peer(fact.rev, fact.occurred_at.timestamp(), fact)
+        forgotten = peer.at - _PEER_KEEP_S
+        self.peers = {name: each for name, each in self.peers.items() if each.at > forgotten}
+        self.peers[fact.proxy_id] = peer
         self._recount_peer(peer)
 
     def hear_backlog(self, view: View) -> None:

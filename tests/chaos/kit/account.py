@@ -10,14 +10,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
-from bide_agent.agent import Agent
 from bide_agent.record import Received
 from tests.chaos.kit.processes import Fault
 
 WRITE_S = 2.0
 """An answer that came so shortly before a death may not have been written by then."""
+
+
+class Witness(Protocol):
+    """An agent that tells what has reached it: one in this process, or the record of one that is a process itself."""
+
+    @property
+    def workspace(self) -> str: ...
+    @property
+    def received(self) -> Sequence[Received]: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +44,7 @@ class Sent:
     queue_id: str | None = None
     """Promised under it (202), or told with `keep_unknown`."""
     promised: bool = False
+    promised_at: float = float("inf")
     answered: bool = False
     told: Counter[str] = field(default_factory=Counter)
     """Refusals on the way, each tried again: code → count."""
@@ -64,7 +73,7 @@ class Duplicate:
 class Account:
     """What callers and agents know, put together."""
 
-    def __init__(self, sent: Sequence[Sent], agents: Iterable[Agent], faults: Sequence[Fault]) -> None:
+    def __init__(self, sent: Sequence[Sent], agents: Iterable[Witness], faults: Sequence[Fault]) -> None:
         self.sent = sent
         self.faults = faults
         self.runs: dict[str, list[Received]] = defaultdict(list)
@@ -123,17 +132,27 @@ class Account:
     def out_of_order(self) -> list[tuple[Sent, Sent]]:
         """Kept messages of one caller and workspace that first reached the agent before one that was sent earlier.
 
-        Only those sent one after the other count, and none that a failed attempt held back (I3).
+        Earlier: it was promised before the later one was sent. None counts that a failed attempt held back (I3).
         """
+        return self._passed(each for each in self.delivered if (each.item or {}).get("attempts", 0) == 0)
+
+    def passed_a_backlog(self) -> list[tuple[Sent, Sent]]:
+        """Live forwards that reached the agent before a message that the same caller knew to be kept.
+
+        For storms with one proxy that lives through: another one, or its next life, cannot know what was kept.
+        """
+        return self._passed(each for each in self.sent if each.answered and not each.promised)
+
+    def _passed(self, later: Iterable[Sent]) -> list[tuple[Sent, Sent]]:
         lanes: dict[tuple[str, str], list[Sent]] = defaultdict(list)
         for each in self.delivered:
             if (each.item or {}).get("attempts", 0) == 0:
                 lanes[each.workspace, each.caller].append(each)
         return [
-            (earlier, later)
-            for lane in lanes.values()
-            for earlier, later in pairwise(sorted(lane, key=lambda each: each.sent_at))
-            if self._first_run(later) < self._first_run(earlier)
+            (earlier, each)
+            for each in later
+            for earlier in lanes[each.workspace, each.caller]
+            if earlier.promised_at < each.sent_at and self._first_run(each) < self._first_run(earlier)
         ]
 
     def _first_run(self, sent: Sent) -> float:

@@ -131,9 +131,11 @@ class Link:
                     # Half a second for the server to act on it; its answer is held back meanwhile.
                     await self._cut(pair, cut)
                     return
+            await self._open[way].wait()  # a black hole swallows goodbyes too
             if target.can_write_eof():
                 target.write_eof()
         except OSError:
+            await self._open[way].wait()
             pair.reset()  # a killed process resets its connections: the server must hear of it
 
     def _meets(self, way: Way, chunk: bytes) -> asyncio.Event | None:

@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -176,13 +176,21 @@ class Ring:
         self.faults.append(Fault(what, whom, begun_at, time.monotonic()))
 
 
-@asynccontextmanager
-async def ring(stack: Stack, *names: str, **env: str) -> AsyncIterator[Ring]:
+def ring(stack: Stack, *names: str, **env: str) -> AbstractAsyncContextManager[Ring]:
     """Start these replicas ("proxy-1", "queue-1", …) on this database and vhost; all are ready when the block begins.
 
     `env`: settings of all of them (BIDE_… names).
     """
-    names = names or ("proxy-1", "queue-1")
+    return _ring(stack, names or ("proxy-1", "queue-1"), env, linked=True)
+
+
+def ring_without_links(stack: Stack, *names: str, **env: str) -> AbstractAsyncContextManager[Ring]:
+    """The same for who measures: straight to the servers, `link`s are idle."""
+    return _ring(stack, names, env, linked=False)
+
+
+@asynccontextmanager
+async def _ring(stack: Stack, names: Sequence[str], env: Mapping[str, str], *, linked: bool) -> AsyncIterator[Ring]:
     faults: list[Fault] = []
     async with AsyncExitStack() as exits:
         folder = Path(exits.enter_context(TemporaryDirectory(prefix="bide-chaos-", ignore_cleanup_errors=True)))
@@ -193,7 +201,9 @@ async def ring(stack: Stack, *names: str, **env: str) -> AsyncIterator[Ring]:
             postgres, database_url = await _linked(exits, ports, stack.database_url, f"{name}.postgres")
             rabbitmq, amqp_url = await _linked(exits, ports, stack.amqp_url, f"{name}.rabbitmq")
             port = ports.claim(name)
-            ours = _environment(service, database_url, amqp_url, port) | env
+            if not linked:
+                database_url, amqp_url = stack.database_url, stack.amqp_url
+            ours = _environment(service, database_url, amqp_url, port) | dict(env)
             process = Process(name, ours, port, folder / f"{name}.log", postgres, rabbitmq, faults)
             exits.push_async_callback(process.close)
             processes[name] = process

@@ -17,7 +17,7 @@ from uuid import uuid4
 from bide_agent.agent import Agent
 from shared.addresses import AddressRules
 from shared.agents import AgentError, Agents, NotSent
-from tests.chaos.kit.account import Account, Sent
+from tests.chaos.kit.account import Account, Sent, Witness
 from tests.chaos.kit.processes import Ring
 from tests.conftest import until
 from tests.e2e.conftest import ENDED, Caller, Fleet, Reply
@@ -34,6 +34,8 @@ class Storm:
         self.ring = ring
         self.fleet = fleet
         self.agents: list[Agent] = []
+        self.witnesses: list[Witness] = []
+        """Agents that run somewhere else; the books count them."""
         self.sent: list[Sent] = []
         self._client = client
         self._pacing: list[asyncio.Task[None]] = []
@@ -61,11 +63,11 @@ class Storm:
                 return
             await self._ended(warm, asyncio.Semaphore())
 
-    def begin(self, agents: Sequence[Agent], *, burst: int = 5, pause_s: float = 1.0) -> None:
+    def begin(self, agents: Sequence[Witness], *, burst: int = 5, pause_s: float = 1.0) -> None:
         """Let one caller per agent send a burst, pause, and so on, until `end`; over the proxies in turn."""
         self._pacing += [asyncio.create_task(self._pace(agent, burst, pause_s)) for agent in agents]
 
-    async def _pace(self, agent: Agent, burst: int, pause_s: float) -> None:
+    async def _pace(self, agent: Witness, burst: int, pause_s: float) -> None:
         number = 0
         while not self._enough.is_set():
             first = asyncio.create_task(self._numbered(agent, number))
@@ -79,10 +81,12 @@ class Storm:
             await asyncio.wait([with_pause], timeout=pause_s)
             with_pause.cancel()
 
-    async def _numbered(self, agent: Agent, number: int) -> Sent:
+    async def _numbered(self, agent: Witness, number: int) -> Sent:
         return await self.send(agent, f"{number:05}", proxy=number % len(self.ring.ready.proxies))
 
-    async def send(self, agent: Agent, text: str, *, caller: str | None = None, proxy: int = 0, **headers: str) -> Sent:
+    async def send(
+        self, agent: Witness, text: str, *, caller: str | None = None, proxy: int = 0, **headers: str
+    ) -> Sent:
         """Send one message until it is answered, promised, or broken."""
         sent = Sent(
             workspace=agent.workspace,
@@ -121,7 +125,7 @@ class Storm:
         sent.status = reply.status
         sent.code = body.get("error", {}).get("data", {}).get("code")
         if reply.status == 202 or body.get("queued"):
-            sent.promised, sent.queue_id = True, body["queue_id"]
+            sent.promised, sent.queue_id, sent.promised_at = True, body["queue_id"], time.monotonic()
         elif reply.status == 200 and "result" in body:
             sent.answered = True
         elif reply.status in {429, 503}:
@@ -132,10 +136,11 @@ class Storm:
         return False
 
     async def end(self) -> None:
-        """Send nothing new; come back when every caller has heard of its last message."""
+        """Send nothing new; come back when every caller has heard of its last message. It may `begin` again."""
         self._enough.set()
         await asyncio.gather(*self._pacing)
         self._pacing.clear()
+        self._enough.clear()
 
     async def account(self, within_s: float = 120.0) -> Account:
         """End the storm, wait for the end of every promise, and close the books."""
@@ -143,7 +148,7 @@ class Storm:
         asking = asyncio.Semaphore(_ASKING_MAX)
         async with asyncio.timeout(within_s):
             await asyncio.gather(*(self._ended(sent, asking) for sent in self.sent if sent.promised))
-        return Account(self.sent, self.agents, self.ring.faults)
+        return Account(self.sent, [*self.agents, *self.witnesses], self.ring.faults)
 
     async def _ended(self, sent: Sent, asking: asyncio.Semaphore) -> None:
         caller = self.caller(sent.caller)

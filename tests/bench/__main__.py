@@ -1,0 +1,65 @@
+"""`make bench`: every figure in one run, in one table; `--json` for machines, `--smoke` for CI."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from deploy.local.servers import Servers, servers
+from tests.bench import figures, freed
+from tests.bench.table import Row, as_json, as_text
+from tests.conftest import TEMPLATE, Stack, make_template
+
+PARTS = ("forward", "keep", "drain", "freed", "beats", "idle")
+
+
+async def measure(running: Servers, folder: Path, parts: Sequence[str], *, seconds: float, rounds: int) -> list[Row]:
+    stack = Stack(_database(running, "figures"), running.rabbitmq.vhost("figures"))
+    rows: list[Row] = []
+    async with figures.bench(stack, folder, seconds=seconds, rounds=rounds) as bench:
+        if {"forward", "keep", "drain"} & set(parts):
+            rows += await figures.forward(bench)
+        if {"keep", "drain"} & set(parts):
+            rows += await figures.keep(bench, float(rows[0].note.partition("/")[0].replace(",", "")))
+        if "drain" in parts:
+            rows += await figures.drain(bench)
+        if "beats" in parts:
+            rows += await figures.beats(bench, folder)
+    if "freed" in parts:
+        rows += freed.rows(await freed.measure(Stack(_database(running, "freed"), running.rabbitmq.vhost("freed"))))
+    if "idle" in parts:
+        rows += await figures.idle(Stack(_database(running, "idle"), running.rabbitmq.vhost("idle")))
+    return rows
+
+
+def _database(running: Servers, name: str) -> str:
+    return running.postgres.create_database(f"bench_{name}", TEMPLATE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="one short round: whether it runs, not how fast")
+    parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)}")
+    arguments = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    seconds, rounds = (1.0, 1) if arguments.smoke else (4.0, 5)
+    with (
+        tempfile.TemporaryDirectory(prefix="bide-bench-", ignore_cleanup_errors=True) as folder,
+        servers(Path(folder) / "servers", durable=True, report=lambda line: print(line, file=sys.stderr)) as running,
+    ):
+        make_template(running)
+        rows = asyncio.run(measure(running, Path(folder), arguments.parts, seconds=seconds, rounds=rounds))
+    print(as_json(rows) if arguments.json else as_text(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
