@@ -1,32 +1,23 @@
 """What a claim costs from a short line to a very long one: F7 of the performance goals.
 
-Buffers are exact, times are rough. `python -m tests.bench.claim [--sizes 1000,100000,1000000] [--large] [--json]`;
---large adds ten million rows (about 8 GB of disk).
+Buffers are exact, times are rough. `--large` adds ten million rows (about 8 GB of disk).
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import logging
-import os
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import asyncpg
-import structlog
 
-from deploy.local.servers import servers
 from services.queue.store import SQL
 from shared.database import Connection
-from tests.conftest import Stack, make_template
+from tests.bench.table import Row
+from tests.conftest import Stack
 from tests.integration import claim_kit
 from tests.integration.claim_kit import Bench, explain, held_snapshot
 
@@ -79,7 +70,7 @@ async def measure(stack: Stack, bench: Bench, admin: Connection, rows: int) -> d
             connection, lambda: connection.fetchval(SQL["count_ahead"], "w", 1, 1 << 60, UUID(int=0))
         )
         found["depth"] = await sample(connection, lambda: connection.fetch(SQL["read_workspaces"], ["w"]))
-        found["expiry"] = await sample(connection, lambda: connection.fetch(SQL["ending_items"], None))
+        found["expiry"] = await sample(connection, lambda: connection.fetch(SQL["ending_items"], None, None, None, 500))
         async with held_snapshot(stack):
             await bench.cycles(connection, "w", found["cycles"])
             found["held"] = await sample(connection, claim)
@@ -128,50 +119,28 @@ async def run(stack: Stack, sizes: list[int]) -> dict[str, Any]:
     return found
 
 
-COLUMNS = ("plain", "never analysed", "held", "list 50", "position", "depth", "expiry")
-
-
-def report(found: dict[str, Any]) -> None:
-    print(f"{'buffers · µs':>12}" + "".join(f"{name:>16}" for name in COLUMNS) + "  cycles   sorts  load s")
-    for size, row in found["sizes"].items():
-        cells = [f"{row[name]['buffers']:.0f} · {row[name]['us']:.0f}" for name in COLUMNS]
-        print(
-            f"{size:>12,}"
-            + "".join(f"{cell:>16}" for cell in cells)
-            + f"{row['cycles']:>8}{row['sorts']:>8}{row['load_s']:>8.1f}"
-        )
-    rows = list(found["sizes"].values())
-    first, last = rows[0]["plain"]["buffers"], rows[-1]["plain"]["buffers"]
-    held = max(row["held"]["buffers"] / row["plain"]["buffers"] for row in rows)
-    print(f"longest against shortest: {last:.0f} (goal: <= {1.5 * first + 8:.0f}); "
-          f"held snapshot: {held:.1f} x (goal: <= 3); "
-          f"sorts: {sum(row['sorts'] for row in rows)} (goal: 0)")  # fmt: skip
+def rows(found: dict[str, Any]) -> list[Row]:
+    sizes = found["sizes"]
+    made = []
+    for size, row in sizes.items():
+        told = f"{size:,} waiting"
+        plain, held = row["plain"]["buffers"], row["held"]["buffers"]
+        note = f"{row['plain']['us'] / 1000:.1f} ms; never analysed {row['never analysed']['buffers']:.0f} buffers"
+        rest = " · ".join(f"{row[name]['buffers']:.0f}" for name in ("position", "depth", "expiry"))
+        made += [
+            Row(figure="F7", what=f"whole claim, {told}", value=plain, unit="buffers", goal=28, at_most=True,
+                note=f"{note}, {row['sorts']} sorts"),
+            Row(figure="F7", what=f"the same under a held snapshot, {row['cycles']:,} cycles old", value=held / plain,
+                unit="x", goal=3, at_most=True),
+            Row(figure="F7", what=f"listing 50 · position · depth · expiry, {told}", value=row["list 50"]["buffers"],
+                unit="buffers", note=rest),
+        ]  # fmt: skip
+    buffers = [row["plain"]["buffers"] for row in sizes.values()]
     p99 = found["others_p99_ms"]
-    print(f"p99 of other workspaces' claim and finish: {p99['alone']:.1f} ms alone, {p99['flood']:.1f} ms under one "
-          f"workspace's flood; load {os.getloadavg()[0]:.1f}")  # fmt: skip
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--sizes", default="1000,100000,1000000")
-    parser.add_argument("--large", action="store_true")
-    arguments = parser.parse_args()
-    sizes = [int(size) for size in arguments.sizes.split(",")] + [LARGE] * arguments.large
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    with (
-        tempfile.TemporaryDirectory(prefix="bide-bench-", ignore_cleanup_errors=True) as folder,
-        servers(Path(folder), durable=True, report=lambda line: print(line, file=sys.stderr)) as running,
-    ):
-        make_template(running)
-        stack = Stack(running.postgres.create_database("bench", "bide_template"), running.rabbitmq.url)
-        found = asyncio.run(run(stack, sizes))
-    if arguments.json:
-        print(json.dumps({"claim": found, "load": os.getloadavg()}))
-    else:
-        report(found)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return [
+        *made,
+        Row(figure="F7", what="whole claim, longest line", value=buffers[-1], unit="buffers", goal=1.5 * buffers[0] + 8,
+            at_most=True, note="goal: 1.5 x the shortest + 8"),
+        Row(figure="F7", what="others' claim p99 under one workspace's flood, of alone", unit="x",
+            value=p99["flood"] / p99["alone"], note=f"{p99['alone']:.1f} and {p99['flood']:.1f} ms"),
+    ]  # fmt: skip
