@@ -9,6 +9,7 @@
 DO $$
 DECLARE
   service text;
+  setting text;
 BEGIN
   EXECUTE format('REVOKE CREATE ON DATABASE %I FROM PUBLIC', current_database());
   EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
@@ -27,9 +28,18 @@ BEGIN
     EXECUTE format('ALTER ROLE %I SET statement_timeout = %L', 'bide_' || service, '30s');
     EXECUTE format('ALTER ROLE %I SET lock_timeout = %L', 'bide_' || service, '10s');
     EXECUTE format('ALTER ROLE %I SET idle_in_transaction_session_timeout = %L', 'bide_' || service, '5s');
+    EXECUTE format('ALTER ROLE %I SET jit = off', 'bide_' || service);
     EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), 'bide_' || service);
     EXECUTE format('CREATE SCHEMA IF NOT EXISTS %I AUTHORIZATION %I', service, 'bide_' || service);
     EXECUTE format('REVOKE ALL ON SCHEMA %I FROM PUBLIC', service);
+  END LOOP;
+
+  -- Every statement of the queue goes along an index, row by row, and its plan is kept for as long as its connection. One
+  -- that was made while a table was empty, never analysed or all of one workspace would read or sort the whole backlog
+  -- for each claim. So the planner is not asked: where an index leads, it is taken.
+  FOREACH setting IN ARRAY ARRAY['enable_seqscan', 'enable_bitmapscan', 'enable_hashjoin', 'enable_mergejoin', 'enable_sort']
+  LOOP
+    EXECUTE format('ALTER ROLE bide_queue SET %I = off', setting);
   END LOOP;
 END
 $$;

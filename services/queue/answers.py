@@ -127,9 +127,8 @@ async def _list(connection: Connection, fact: QueueQuery) -> Answer:
     except ValueError:
         return 400, _problem("bad_cursor", "The cursor is not one that a listing gave. Start without it.")
     if status in _WAITING:
-        rows = await connection.fetch(
-            SQL["list_waiting"], fact.workspace_id, fact.caller_hash, status, *after, fact.limit + 1
-        )
+        query = "list_waiting" if status == "queued" else "list_dispatched"
+        rows = await connection.fetch(SQL[query], fact.workspace_id, fact.caller_hash, *after, fact.limit + 1)
     else:
         rows = await connection.fetch(
             SQL["list_finished"], fact.workspace_id, fact.caller_hash, status, after[-1], fact.limit + 1

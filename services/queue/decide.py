@@ -29,6 +29,10 @@ class Forwards:
     """(started, ended, whether it was answered): what came back busy or was not delivered is left out"""
 
 
+Place = tuple[int, int]
+"""Where an item stands in the line of its workspace: (lane, rank_ms), the lowest first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workspace:
     """The queue's row of a workspace, under its lock."""
@@ -57,6 +61,8 @@ class Workspace:
     forwards: Mapping[str, Forwards] = field(default_factory=dict)
     not_before: float | None = None
     busy_streak: int = 0
+    floor: Place = (0, 0)
+    """Nothing that waits lies below it: a claim begins here and meets nothing that has died before."""
     rev: int = 0
 
 
@@ -155,13 +161,19 @@ def hear_forwards(workspace: Workspace, proxy_id: str, forwards: Forwards) -> Wo
     return replace(workspace, forwards={**living, proxy_id: forwards}, rev=workspace.rev + 1)
 
 
-def begin(workspace: Workspace, items: int) -> Workspace:
-    """Account for `items` that were claimed."""
+def keep(workspace: Workspace, place: Place) -> Workspace:
+    """Account for an item that waits from now on."""
+    return replace(workspace, waiting=workspace.waiting + 1, floor=min(workspace.floor, place), rev=workspace.rev + 1)
+
+
+def begin(workspace: Workspace, items: int, first: Place) -> Workspace:
+    """Account for `items` that were claimed; `first` stood first in the line then, claimed or passed over."""
     return replace(
         workspace,
         waiting=workspace.waiting - items,
         running=workspace.running + items,
         started_since=workspace.started_since + items,
+        floor=first,
         rev=workspace.rev + 1,
     )
 
@@ -176,15 +188,14 @@ class Ending(Enum):
     """It may still run there: begun, and not ended."""
 
 
-def end(workspace: Workspace, ending: Ending, *, begun_at: float, now: float, requeued: bool) -> Workspace:
-    """Account for one delivery that has ended."""
+def end(
+    workspace: Workspace, ending: Ending, *, begun_at: float, now: float, back_at: Place | None = None
+) -> Workspace:
+    """Account for one delivery that has ended; `back_at`: its item waits again, there."""
     after_beat = workspace.beat_at is None or begun_at > workspace.beat_at
-    ended = replace(
-        workspace,
-        running=workspace.running - 1,
-        waiting=workspace.waiting + requeued,
-        rev=workspace.rev + 1,
-    )
+    ended = replace(workspace, running=workspace.running - 1, rev=workspace.rev + 1)
+    if back_at is not None:
+        ended = keep(ended, back_at)
     newest = max(1, min(_KEPT_ENDS_MAX, ended.max_concurrent))
     match ending:
         case Ending.ANSWERED:

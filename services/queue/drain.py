@@ -182,9 +182,9 @@ class Drain:
                 spare[name] = free
                 room -= free
         claimed_at = time.monotonic()
-        items = await store.claim(connection, spare, after, self._settings.replica_id, now)
+        items, first = await store.claim(connection, spare, after, self._settings.replica_id, now)
         for item in items:
-            after[item.workspace_id] = decide.begin(after[item.workspace_id], 1)
+            after[item.workspace_id] = decide.begin(after[item.workspace_id], 1, first[item.workspace_id])
         await store.save(connection, before, after)
         changed = [change(each, ended[each.item.queue_id]) for each in settled if each.item.queue_id in ended]
         if changed:
@@ -302,8 +302,7 @@ def account(workspace: Workspace, settled: Settled, row: store.Ended, now: float
     fate = settled.fate
     if row.was == "queued":  # a late success of an earlier delivery ended a row that waited again
         return replace(workspace, waiting=workspace.waiting - 1, rev=workspace.rev + 1)
-    requeued = isinstance(fate, Requeue)
-    ended = decide.end(workspace, fate.ending, begun_at=row.dispatched_at, now=now, requeued=requeued)
+    ended = decide.end(workspace, fate.ending, begun_at=row.dispatched_at, now=now, back_at=row.place)
     if isinstance(fate, Requeue) and fate.closes:
         return replace(ended, not_before=now + settled.wait_s, busy_streak=ended.busy_streak + 1)
     if fate.ending is decide.Ending.ANSWERED:
@@ -342,7 +341,7 @@ async def backlogs(connection: Connection, workspaces: Mapping[str, Workspace], 
     if not workspaces:
         return {}  # each question costs its round trip while rows are locked
     running: dict[str, list[Running]] = {name: [] for name in workspaces}
-    for row in await connection.fetch(SQL["running_items"], list(workspaces)):
+    for row in await store.running(connection, workspaces.values()):
         session = f"{row['queue_id']}:{row['delivery_no']}"
         running[row["workspace_id"]].append(
             Running(session_id=session, key_hash=row["key_hash"], started_at=row["dispatched_at"])

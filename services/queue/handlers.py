@@ -16,7 +16,7 @@ from services.queue.decide import Forwards, Workspace
 from services.queue.drain import Drain, read_backlogs
 from services.queue.metrics import ENQUEUED
 from services.queue.settings import Settings
-from services.queue.store import SQL, Known, key_of
+from services.queue.store import Known, key_of
 from shared import outbox
 from shared.broker import Publisher
 from shared.consumer import Tell
@@ -57,7 +57,7 @@ class Handlers:
             for fact in part:
                 workspace = after[fact.workspace_id]
                 if fact.queue_id in kept.new:
-                    workspace = replace(workspace, waiting=workspace.waiting + 1, rev=workspace.rev + 1)
+                    workspace = decide.keep(workspace, store.place_of(fact))
                     after[fact.workspace_id] = workspace
                 if fact.reply_to is not None:
                     replies.append((fact.reply_to, _reply(fact, kept, workspace.waiting)))
@@ -78,8 +78,7 @@ class Handlers:
         newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: (fact.incarnation, fact.rev))
         before = await store.lock(connection, newest)
         after = dict(before)
-        busy = [name for name, workspace in before.items() if workspace.running]
-        begun = await connection.fetch(SQL["running_items"], busy) if busy else []
+        begun = await store.running(connection, before.values())
         for name, fact in newest.items():
             after[name] = decide.hear_beat(
                 before[name],

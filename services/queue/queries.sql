@@ -3,20 +3,32 @@
 -- $n "now" is a moment that a test passes; null: the database's clock.
 
 -- name: ensure_workspaces
-INSERT INTO workspaces (workspace_id) SELECT unnest($1::text[]) ORDER BY 1 ON CONFLICT DO NOTHING
+-- Whoever makes the name makes the row; the others wait for it.
+WITH made AS (
+  INSERT INTO workspace_ids SELECT unnest($1::text[]) ORDER BY 1 ON CONFLICT DO NOTHING RETURNING workspace_id)
+INSERT INTO workspaces (workspace_id) SELECT workspace_id FROM made
 
 -- name: lock_workspaces
-SELECT *, extract(epoch FROM beat_at)::float8 AS beat_epoch, extract(epoch FROM not_before)::float8 AS not_before_epoch
-FROM workspaces WHERE workspace_id = ANY($1::text[]) ORDER BY workspace_id FOR NO KEY UPDATE
+-- LATERAL … LIMIT, here and below: however small a table was when the plan was made, it is looked into once per key.
+-- In the order given. There is one row each: the newest version is looked for first, because under a snapshot held open
+-- elsewhere all its earlier ones are still there.
+SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch,
+       extract(epoch FROM w.not_before)::float8 AS not_before_epoch
+FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
+  SELECT * FROM workspaces WHERE workspace_id = named.workspace_id
+  ORDER BY rev DESC LIMIT 1 FOR NO KEY UPDATE) w
 
 -- name: read_clock
 SELECT extract(epoch FROM coalesce($1::timestamptz, clock_timestamp()))::float8
 
 -- name: read_workspaces
-SELECT *, extract(epoch FROM beat_at)::float8 AS beat_epoch, extract(epoch FROM not_before)::float8 AS not_before_epoch
-FROM workspaces WHERE workspace_id = ANY($1::text[])
+SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch,
+       extract(epoch FROM w.not_before)::float8 AS not_before_epoch
+FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
+  SELECT * FROM workspaces WHERE workspace_id = named.workspace_id ORDER BY rev DESC LIMIT 1) w
 
 -- name: save_workspaces
+-- `was_rev` is that of the row as it was locked: it leads to that very version of it.
 UPDATE workspaces w SET
   registry_rev = s.registry_rev, url = s.url, agent_authorization = s.agent_authorization,
   max_concurrent = s.max_concurrent, at_most_once = s.at_most_once, give_up_after_s = s.give_up_after_s,
@@ -24,13 +36,17 @@ UPDATE workspaces w SET
   beat_rev = s.beat_rev, beat_at = to_timestamp(s.beat_at), beat_active = s.beat_active,
   beat_cadence_s = s.beat_cadence_s, waiting = s.waiting, running = s.running, started_since = s.started_since,
   ended_since = s.ended_since, recent_ended = s.recent_ended, forwards = s.forwards,
-  not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak, rev = s.rev
+  not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak, rev = s.rev,
+  floor = s.floor, floor_rev = s.rev
 FROM jsonb_to_recordset($1::jsonb) AS s(
   workspace_id text, registry_rev bigint, url text, agent_authorization text, max_concurrent int, at_most_once boolean,
   give_up_after_s float8, ceiling_s float8, paused boolean, removed boolean, incarnation bigint, beat_rev bigint,
   beat_at float8, beat_active int, beat_cadence_s float8, waiting int, running int, started_since int, ended_since int,
-  recent_ended float8[], forwards jsonb, not_before float8, busy_streak int, rev bigint)
-WHERE w.workspace_id = s.workspace_id
+  recent_ended float8[], forwards jsonb, not_before float8, busy_streak int, rev bigint,
+  floor bigint[], was_rev bigint)
+CROSS JOIN LATERAL (
+  SELECT ctid AS place FROM workspaces WHERE workspace_id = s.workspace_id AND rev = s.was_rev LIMIT 1) v
+WHERE w.ctid = v.place
 
 -- name: waiting_workspaces
 -- What a sweep looks at: somebody waits or is said to run. Keyset, so that a page of closed ones hides nobody (B-08).
@@ -43,8 +59,11 @@ SELECT *, extract(epoch FROM beat_at)::float8 AS beat_epoch, extract(epoch FROM 
 FROM workspaces WHERE waiting > 0 OR running > 0 ORDER BY workspace_id
 
 -- name: running_items
-SELECT queue_id, workspace_id, delivery_no, key_hash, dispatched_at
-FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = ANY($1::text[])
+-- The newest first, and no more than the workspace's counter says there are.
+SELECT q.queue_id, q.workspace_id, q.delivery_no, q.key_hash, q.dispatched_at
+FROM unnest($1::text[], $2::int[]) AS named(workspace_id, running) CROSS JOIN LATERAL (
+  SELECT * FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = named.workspace_id
+  ORDER BY dispatched_at DESC LIMIT named.running) q
 
 -- name: counted_workspaces
 -- A page of the workspaces that have items or are said to have: whoever has them by a loose scan, one step in the index
@@ -81,9 +100,9 @@ RETURNING queue_id
 
 -- name: find_keys
 SELECT k.workspace_id, k.caller_hash, k.key_hash, k.queue_id, k.body_hash
-FROM idempotency_keys k
-JOIN unnest($1::text[], $2::bytea[], $3::bytea[]) AS u(workspace_id, caller_hash, key_hash)
-  USING (workspace_id, caller_hash, key_hash)
+FROM unnest($1::text[], $2::bytea[], $3::bytea[]) AS u(workspace_id, caller_hash, key_hash) CROSS JOIN LATERAL (
+  SELECT * FROM idempotency_keys
+  WHERE workspace_id = u.workspace_id AND caller_hash = u.caller_hash AND key_hash = u.key_hash LIMIT 1) k
 
 -- name: find_ids
 SELECT queue_id, workspace_id, caller_hash, body_hash FROM a2a_queue WHERE queue_id = ANY($1::uuid[])
@@ -94,23 +113,23 @@ SELECT queue_id, workspace_id, caller_hash, body_hash FROM a2a_finished WHERE qu
 -- Two keys of one batch that are the same are one item here too.
 INSERT INTO a2a_queue (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, lane, rank_ms, method,
                        body, reason, context_id, hops, not_before, expires_at, give_up_at)
-SELECT i.queue_id, i.workspace_id, i.caller_id, i.caller_hash, i.key_hash, i.body_hash, i.priority,
-       CASE WHEN i.priority = 100 THEN 0 ELSE 1 END, i.rank_ms, i.method, i.body, i.reason, i.context_id, i.hops,
-       i.not_before, i.expires_at, now() + make_interval(secs => i.give_up_after_s)
-FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::bytea[], $7::smallint[], $8::bigint[],
-            $9::text[], $10::bytea[], $11::text[], $12::text[], $13::int[], $14::timestamptz[], $15::timestamptz[],
-            $16::float8[])
-  AS i(queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, rank_ms, method, body, reason,
-       context_id, hops, not_before, expires_at, give_up_after_s)
+SELECT i.queue_id, i.workspace_id, i.caller_id, i.caller_hash, i.key_hash, i.body_hash, i.priority, i.lane, i.rank_ms,
+       i.method, i.body, i.reason, i.context_id, i.hops, i.not_before, i.expires_at,
+       now() + make_interval(secs => i.give_up_after_s)
+FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::bytea[], $7::smallint[], $8::smallint[],
+            $9::bigint[], $10::text[], $11::bytea[], $12::text[], $13::text[], $14::int[], $15::timestamptz[],
+            $16::timestamptz[], $17::float8[])
+  AS i(queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, lane, rank_ms, method, body,
+       reason, context_id, hops, not_before, expires_at, give_up_after_s)
 ORDER BY i.queue_id
 ON CONFLICT DO NOTHING
 RETURNING queue_id
 
 -- name: find_active_keys
 SELECT q.queue_id, q.workspace_id, q.caller_hash, q.key_hash, q.body_hash
-FROM a2a_queue q
-JOIN unnest($1::text[], $2::bytea[], $3::bytea[]) AS u(workspace_id, caller_hash, key_hash)
-  USING (workspace_id, caller_hash, key_hash)
+FROM unnest($1::text[], $2::bytea[], $3::bytea[]) AS u(workspace_id, caller_hash, key_hash) CROSS JOIN LATERAL (
+  SELECT * FROM a2a_queue
+  WHERE workspace_id = u.workspace_id AND caller_hash = u.caller_hash AND key_hash = u.key_hash LIMIT 1) q
 
 -- name: insert_finished
 -- Proposed ids that never became items: superseded or in conflict.
@@ -133,19 +152,26 @@ VALUES ($1, $2, $3, $4, $5, $6, 50, 'failed', $7, '', '', now(), now(), 0, 0, $8
 ON CONFLICT DO NOTHING
 
 -- name: claim_items
--- Second statement of the claim: the workspaces are locked by then. Repeats status in the outer UPDATE.
-WITH wanted AS (SELECT * FROM unnest($1::text[], $2::int[]) AS w(workspace_id, spare)),
+-- Second statement of the claim: the workspaces are locked by then. Repeats status in the outer UPDATE. `first` is what
+-- stands first in the line, also when it may not be claimed yet: the workspace's next floor.
+WITH wanted AS (
+  SELECT * FROM unnest($1::text[], $2::int[], $3::smallint[], $4::bigint[]) AS w(workspace_id, spare, lane, rank_ms)),
 head AS MATERIALIZED (
-  SELECT next.queue_id FROM wanted w CROSS JOIN LATERAL (
-    SELECT q.queue_id FROM a2a_queue q
-    WHERE q.workspace_id = w.workspace_id AND q.status = 'queued'
-      AND (q.not_before IS NULL OR q.not_before <= coalesce($4, clock_timestamp()))
-    ORDER BY q.lane, q.rank_ms, q.queue_id LIMIT w.spare) next)
-UPDATE a2a_queue q SET status = 'dispatched', owner = $3, delivery_no = delivery_no + 1,
-  dispatched_at = coalesce($4, clock_timestamp()), rev = q.rev + 1
-FROM head WHERE q.queue_id = head.queue_id AND q.status = 'queued'
+  SELECT line.place, line.first_lane, line.first_rank FROM wanted w CROSS JOIN LATERAL (
+    SELECT * FROM (
+      SELECT q.ctid AS place, q.lane, q.rank_ms, q.queue_id, q.not_before,
+             first_value(q.lane) OVER along AS first_lane, first_value(q.rank_ms) OVER along AS first_rank
+      FROM a2a_queue q
+      WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' AND (q.lane, q.rank_ms) >= (w.lane, w.rank_ms)
+      WINDOW along AS (ORDER BY q.lane, q.rank_ms, q.queue_id ROWS UNBOUNDED PRECEDING)) waiting
+    WHERE not_before IS NULL OR not_before <= coalesce($6, clock_timestamp())
+    ORDER BY lane, rank_ms, queue_id LIMIT w.spare) line)
+UPDATE a2a_queue q SET status = 'dispatched', owner = $5, delivery_no = delivery_no + 1,
+  dispatched_at = coalesce($6, clock_timestamp()), rev = q.rev + 1
+FROM head WHERE q.ctid = head.place AND q.status = 'queued'
 RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
-          q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
+          q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
+          head.first_lane, head.first_rank
 
 -- name: finish_items
 -- Fenced by delivery_no. A success that comes late also completes the row while it is queued again.
@@ -153,11 +179,12 @@ WITH done AS (
   SELECT * FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::int[], $6::bytea[], $7::text[])
     AS d(queue_id, delivery_no, status, reason, attempts, answer, last_error)),
 mine AS (
-  SELECT q.queue_id FROM a2a_queue q JOIN done d USING (queue_id)
-  WHERE (q.status = 'dispatched' AND q.delivery_no = d.delivery_no)
-     OR (d.status = 'completed' AND q.status = 'queued' AND q.delivery_no >= d.delivery_no)
-  ORDER BY q.queue_id FOR UPDATE OF q),
-gone AS (DELETE FROM a2a_queue q USING mine WHERE q.queue_id = mine.queue_id RETURNING q.*),
+  SELECT q.queue_id FROM (SELECT * FROM done ORDER BY queue_id) d CROSS JOIN LATERAL (
+    SELECT queue_id FROM a2a_queue WHERE queue_id = d.queue_id AND (
+      (status = 'dispatched' AND delivery_no = d.delivery_no)
+      OR (d.status = 'completed' AND status = 'queued' AND delivery_no >= d.delivery_no))
+    LIMIT 1 FOR UPDATE) q),
+gone AS (DELETE FROM a2a_queue q WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FROM mine)) RETURNING q.*),
 kept AS (
   INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
     method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error,
@@ -175,13 +202,15 @@ WITH back AS (
   SELECT * FROM unnest($1::uuid[], $2::int[], $3::int[], $4::int[], $5::float8[], $6::text[], $7::text[])
     AS b(queue_id, delivery_no, attempts, deaths, wait_s, reason, last_error)),
 mine AS (
-  SELECT q.queue_id FROM a2a_queue q JOIN back b USING (queue_id)
-  WHERE q.status = 'dispatched' AND q.delivery_no = b.delivery_no ORDER BY q.queue_id FOR NO KEY UPDATE OF q)
+  SELECT q.queue_id FROM (SELECT * FROM back ORDER BY queue_id) b CROSS JOIN LATERAL (
+    SELECT queue_id FROM a2a_queue
+    WHERE queue_id = b.queue_id AND status = 'dispatched' AND delivery_no = b.delivery_no
+    LIMIT 1 FOR NO KEY UPDATE) q)
 UPDATE a2a_queue q SET status = 'queued', owner = NULL, attempts = q.attempts + b.attempts, deaths = q.deaths + b.deaths,
   not_before = CASE WHEN b.wait_s > 0 THEN clock_timestamp() + make_interval(secs => b.wait_s) ELSE q.not_before END,
   reason = b.reason, last_error = coalesce(b.last_error, q.last_error), rev = q.rev + 1
-FROM back b, mine WHERE q.queue_id = mine.queue_id AND q.queue_id = b.queue_id
-RETURNING q.queue_id, q.workspace_id, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
+FROM back b WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FROM mine)) AND q.queue_id = b.queue_id
+RETURNING q.queue_id, q.workspace_id, q.lane, q.rank_ms, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
 
 -- name: set_agent_task
 UPDATE a2a_queue SET agent_task_id = $3, rev = rev + 1
@@ -192,7 +221,8 @@ WHERE queue_id = $1 AND status = 'dispatched' AND delivery_no = $2 RETURNING que
 SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
        q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
        w.url, w.agent_authorization, extract(epoch FROM clock_timestamp() - w.beat_at)::float8 AS beat_age_s
-FROM a2a_queue q JOIN workspaces w USING (workspace_id)
+FROM a2a_queue q CROSS JOIN LATERAL (
+  SELECT * FROM workspaces WHERE workspace_id = q.workspace_id ORDER BY rev DESC LIMIT 1) w
 WHERE q.owner = $1 AND q.status = 'dispatched'
 
 -- name: canceled_items
@@ -228,10 +258,12 @@ DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs 
 DELETE FROM replicas WHERE replica_id = $1
 
 -- name: ending_items
--- Not while its workspace is paused: both clocks stop then. Keyset, as above.
+-- Not while its workspace is paused: both clocks stop then. now(), for an index is not compared with what is volatile.
+-- Keyset, as above.
 SELECT q.queue_id, q.workspace_id, least(q.expires_at, q.give_up_at) AS due_at
-FROM a2a_queue q JOIN workspaces w USING (workspace_id)
-WHERE q.status = 'queued' AND least(q.expires_at, q.give_up_at) <= coalesce($1, clock_timestamp()) AND NOT w.paused
+FROM a2a_queue q CROSS JOIN LATERAL (
+  SELECT paused FROM workspaces WHERE workspace_id = q.workspace_id ORDER BY rev DESC LIMIT 1) w
+WHERE q.status = 'queued' AND least(q.expires_at, q.give_up_at) <= coalesce($1, now()) AND NOT w.paused
   AND ($2::timestamptz IS NULL OR (least(q.expires_at, q.give_up_at), q.queue_id) > ($2, $3::uuid))
 ORDER BY least(q.expires_at, q.give_up_at), q.queue_id LIMIT $4
 
@@ -239,9 +271,9 @@ ORDER BY least(q.expires_at, q.give_up_at), q.queue_id LIMIT $4
 -- Items that wait and end without a delivery: canceled, expired, given up.
 WITH wanted AS (SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS w(queue_id, status, reason)),
 mine AS (
-  SELECT q.queue_id FROM a2a_queue q JOIN wanted USING (queue_id) WHERE q.status = 'queued'
-  ORDER BY q.queue_id FOR UPDATE OF q),
-gone AS (DELETE FROM a2a_queue q USING mine WHERE q.queue_id = mine.queue_id RETURNING q.*),
+  SELECT q.queue_id FROM (SELECT * FROM wanted ORDER BY queue_id) w CROSS JOIN LATERAL (
+    SELECT queue_id FROM a2a_queue WHERE queue_id = w.queue_id AND status = 'queued' LIMIT 1 FOR UPDATE) q),
+gone AS (DELETE FROM a2a_queue q WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FROM mine)) RETURNING q.*),
 kept AS (
   INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
     method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error, rev)
@@ -283,9 +315,18 @@ SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS end
        enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
        context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error
 FROM a2a_queue
-WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2) AND status = $3
-  AND (lane, rank_ms, queue_id) > ($4::smallint, $5::bigint, $6::uuid)
-ORDER BY lane, rank_ms, queue_id LIMIT $7
+WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2) AND status = 'queued'
+  AND (lane, rank_ms, queue_id) > ($3::smallint, $4::bigint, $5::uuid)
+ORDER BY lane, rank_ms, queue_id LIMIT $6
+
+-- name: list_dispatched
+SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS ended_reason, priority, attempts, delivery_no,
+       enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
+       context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error
+FROM a2a_queue
+WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2) AND status = 'dispatched'
+  AND (lane, rank_ms, queue_id) > ($3::smallint, $4::bigint, $5::uuid)
+ORDER BY lane, rank_ms, queue_id LIMIT $6
 
 -- name: list_finished
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, reason AS ended_reason, priority, attempts, delivery_no,

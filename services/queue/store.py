@@ -15,7 +15,7 @@ from uuid import UUID
 
 import asyncpg
 
-from services.queue.decide import Finish, Forwards, Item, Requeue, Workspace, rank
+from services.queue.decide import Finish, Forwards, Item, Place, Requeue, Workspace, rank
 from shared.database import Connection, load_queries
 from shared.facts import MessageBusy, Priority
 
@@ -33,6 +33,8 @@ class Ended:
     was: str
     rev: int
     dispatched_at: float
+    place: Place | None = None
+    """Where it waits again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +72,31 @@ async def read_active(connection: Connection) -> list[Workspace]:
 
 
 async def save(connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]) -> None:
-    """Write the rows that changed."""
+    """Write the rows that changed; `before` is what `lock` gave."""
     changed = [
-        {**asdict(workspace), "recent_ended": [moment for each in workspace.recent_ended for moment in each]}
+        {
+            **asdict(workspace),
+            "recent_ended": [moment for each in workspace.recent_ended for moment in each],
+            "was_rev": before[name].rev,
+        }
         for name, workspace in after.items()
-        if workspace != before.get(name)
+        if workspace != before[name]
     ]
     if changed:
         await connection.execute(SQL["save_workspaces"], json.dumps(changed))
 
 
 def _workspace(row: asyncpg.Record) -> Workspace:
-    values = {name: row[name] for name in Workspace.__slots__ if name not in {"forwards", "beat_at", "not_before"}}
+    computed = {"forwards", "beat_at", "not_before", "floor"}
+    values = {name: row[name] for name in Workspace.__slots__ if name not in computed}
     return Workspace(
         **{
             **values,
             "beat_at": row["beat_epoch"],
             "not_before": row["not_before_epoch"],
             "recent_ended": tuple(zip(row["recent_ended"][::2], row["recent_ended"][1::2], strict=False)),
+            # Not believed if whoever wrote the row last did not know of it.
+            "floor": tuple(row["floor"]) if row["floor_rev"] == row["rev"] else (0, 0),
             "forwards": {name: _forwards(value) for name, value in json.loads(row["forwards"]).items()},
         }
     )
@@ -150,6 +159,11 @@ async def _keyed(connection: Connection, query: str, facts: Sequence[MessageBusy
     }
 
 
+def place_of(fact: MessageBusy) -> Place:
+    """Where the item of this message stands in the line."""
+    return (0 if fact.priority is Priority.CRITICAL else 1, rank(fact.queue_id, fact.fact_id))
+
+
 async def insert(
     connection: Connection, facts: Sequence[MessageBusy], workspaces: Mapping[str, Workspace]
 ) -> set[UUID]:
@@ -159,7 +173,7 @@ async def insert(
     rows = (
         (
             fact.queue_id, fact.workspace_id, fact.caller_id, fact.caller_hash, fact.key_hash, fact.body_hash,
-            PRIORITIES[fact.priority], rank(fact.queue_id, fact.fact_id),
+            PRIORITIES[fact.priority], *place_of(fact),
             fact.method, fact.body, fact.reason, fact.context_id, fact.hops,
             fact.not_before, fact.expires_at, workspaces[fact.workspace_id].give_up_after_s,
         )
@@ -195,14 +209,25 @@ async def claim(
     workspaces: Mapping[str, Workspace],
     owner: str,
     now: datetime | None,
-) -> list[Item]:
-    """Claim up to `spare` items of each workspace, in order. The caller holds the workspaces' locks."""
+) -> tuple[list[Item], dict[str, Place]]:
+    """Claim up to `spare` items of each workspace, in order; say too where the line of each begins.
+
+    The caller holds the workspaces' locks.
+    """
     if not spare:
-        return []
+        return [], {}
     names = sorted(spare)
-    rows = await connection.fetch(SQL["claim_items"], names, [spare[name] for name in names], owner, now)
+    wanted = _columns((name, spare[name], *workspaces[name].floor) for name in names)
+    rows = await connection.fetch(SQL["claim_items"], *wanted, owner, now)
     rows.sort(key=lambda row: (row["workspace_id"], row["lane"], row["rank_ms"], row["queue_id"]))
-    return [_item(row, workspaces[row["workspace_id"]]) for row in rows]
+    first = {row["workspace_id"]: (row["first_lane"], row["first_rank"]) for row in rows}
+    return [_item(row, workspaces[row["workspace_id"]]) for row in rows], first
+
+
+async def running(connection: Connection, workspaces: Iterable[Workspace]) -> list[asyncpg.Record]:
+    """Read what these workspaces' agents are being delivered."""
+    wanted = [(each.workspace_id, each.running) for each in workspaces if each.running]
+    return await connection.fetch(SQL["running_items"], *_columns(wanted)) if wanted else []
 
 
 async def find_lost(
@@ -283,6 +308,13 @@ async def requeue(connection: Connection, settled: Sequence[Settled]) -> dict[UU
         return {}
     found = await connection.fetch(SQL["requeue_items"], *_columns(rows))
     return {
-        row["queue_id"]: Ended(row["queue_id"], row["workspace_id"], "dispatched", 0, row["dispatched_epoch"])
+        row["queue_id"]: Ended(
+            row["queue_id"],
+            row["workspace_id"],
+            "dispatched",
+            0,
+            row["dispatched_epoch"],
+            place=(row["lane"], row["rank_ms"]),
+        )
         for row in found
     }

@@ -13,14 +13,17 @@ from pathlib import Path
 import structlog
 
 from deploy.local.servers import Servers, servers
-from tests.bench import figures, freed
+from tests.bench import claim, figures, freed
 from tests.bench.table import Row, as_json, as_text
 from tests.conftest import TEMPLATE, Stack, make_template
 
-PARTS = ("forward", "keep", "drain", "freed", "beats", "idle")
+PARTS = ("forward", "keep", "drain", "freed", "beats", "claim", "idle")
+SIZES = (1_000, 100_000, 1_000_000)
 
 
-async def measure(running: Servers, folder: Path, parts: Sequence[str], *, seconds: float, rounds: int) -> list[Row]:
+async def measure(
+    running: Servers, folder: Path, parts: Sequence[str], *, seconds: float, rounds: int, sizes: Sequence[int]
+) -> list[Row]:
     stack = Stack(_database(running, "figures"), running.rabbitmq.vhost("figures"))
     rows: list[Row] = []
     async with figures.bench(stack, folder, seconds=seconds, rounds=rounds) as bench:
@@ -34,6 +37,9 @@ async def measure(running: Servers, folder: Path, parts: Sequence[str], *, secon
             rows += await figures.beats(bench, folder)
     if "freed" in parts:
         rows += freed.rows(await freed.measure(Stack(_database(running, "freed"), running.rabbitmq.vhost("freed"))))
+    if "claim" in parts:
+        claims = Stack(_database(running, "claim"), running.rabbitmq.url)
+        rows += claim.rows(await claim.run(claims, list(sizes)))
     if "idle" in parts:
         rows += await figures.idle(Stack(_database(running, "idle"), running.rabbitmq.vhost("idle")))
     return rows
@@ -47,16 +53,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="one short round: whether it runs, not how fast")
+    parser.add_argument("--large", action="store_true", help="the claim among ten million too")
     parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)}")
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    seconds, rounds = (1.0, 1) if arguments.smoke else (4.0, 5)
+    seconds, rounds, sizes = (1.0, 1, SIZES[:1]) if arguments.smoke else (4.0, 5, SIZES)
+    sizes += (claim.LARGE,) * arguments.large
     with (
         tempfile.TemporaryDirectory(prefix="bide-bench-", ignore_cleanup_errors=True) as folder,
         servers(Path(folder) / "servers", durable=True, report=lambda line: print(line, file=sys.stderr)) as running,
     ):
         make_template(running)
-        rows = asyncio.run(measure(running, Path(folder), arguments.parts, seconds=seconds, rounds=rounds))
+        rows = asyncio.run(measure(running, Path(folder), arguments.parts, seconds=seconds, rounds=rounds, sizes=sizes))
     print(as_json(rows) if arguments.json else as_text(rows))
     return 0
 

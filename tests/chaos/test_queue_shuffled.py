@@ -42,7 +42,10 @@ __all__ = ["clean"]
 KINDS = (
     MessageBusy, WorkspaceHeartbeat, ProxyBeat, WorkspaceRegistered, WorkspaceChanged, WorkspaceRemoved, QueueQuery,
 )  # fmt: skip
-EMPTY = "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas, outbox, inbox, dead_letters"
+EMPTY = (
+    "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas, "
+    "outbox, inbox, dead_letters"
+)
 NAMES = [f"shuffled-{number}" for number in range(6)]
 START = datetime.now(UTC) - timedelta(seconds=5)
 

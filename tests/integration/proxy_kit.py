@@ -207,7 +207,8 @@ async def empty(stack: Stack) -> None:
         await pool.execute("TRUNCATE workspaces, callers, audit, outbox")
     async with open_pool(stack.settings("queue")) as pool:
         await pool.execute(
-            "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas, inbox, outbox, dead_letters"
+            "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, "
+            "replicas, inbox, outbox, dead_letters"
         )
 
 

@@ -53,8 +53,8 @@ async def claim(pool: Pool, name: str, owner: str) -> list[Item]:
     async def work(connection: Connection) -> list[Item]:
         before = await store.lock(connection, [name])
         free = decide.spare(before[name], await store.clock(connection, None))
-        items = await store.claim(connection, {name: free}, before, owner, None) if free else []
-        after = {name: decide.begin(before[name], len(items))}
+        items, first = await store.claim(connection, {name: free} if free else {}, before, owner, None)
+        after = {name: decide.begin(before[name], len(items), first[name])} if items else before
         await store.save(connection, before, after)
         return items
 

@@ -95,7 +95,7 @@ def test_two_hundred_processes_do_not_come_back_in_one_moment() -> None:
 @pytest.fixture
 async def workspaces(stack: Stack) -> AsyncIterator[Pool]:
     async with open_pool(stack.settings()) as pool:
-        await pool.execute("TRUNCATE workspaces, a2a_queue")
+        await pool.execute("TRUNCATE workspaces, workspace_ids, a2a_queue")
         yield pool
 
 

@@ -22,7 +22,8 @@ async def front(stack: Stack) -> AsyncIterator[Door]:
     """An empty queue service and a door to it."""
     async with open_pool(stack.settings()) as pool:
         await pool.execute(
-            "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas, inbox, outbox, dead_letters"
+            "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas, "
+            "inbox, outbox, dead_letters"
         )
     async with door(stack) as opened:
         async with queue_service(

@@ -29,7 +29,7 @@ from tests.integration.rows_kit import claim, enqueue, finished, message, settle
 async def rows(stack: Stack) -> AsyncIterator[Pool]:
     """The queue's tables, empty, and no service that works on them."""
     async with open_pool(stack.settings()) as pool:
-        await pool.execute("TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas")
+        await pool.execute("TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas")
         yield pool
 
 

@@ -181,8 +181,9 @@ async def fill(pool: Connection | Pool, name: str, count: int, *, said: int | No
         count,
     )
     await pool.execute(
-        """INSERT INTO workspaces (workspace_id, url, waiting) VALUES ($1, 'http://127.0.0.1:20001', $2)
-           ON CONFLICT (workspace_id) DO UPDATE SET waiting = excluded.waiting""",
+        """WITH known AS (UPDATE workspaces SET waiting = $2 WHERE workspace_id = $1 RETURNING workspace_id)
+           INSERT INTO workspaces (workspace_id, url, waiting)
+           SELECT $1, 'http://127.0.0.1:20001', $2 WHERE NOT EXISTS (SELECT FROM known)""",
         name,
         count if said is None else said,
     )

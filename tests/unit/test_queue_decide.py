@@ -7,7 +7,7 @@ from typing import get_args
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.queue.decide import (
@@ -16,6 +16,7 @@ from services.queue.decide import (
     Fate,
     Finish,
     Forwards,
+    Place,
     Reply,
     Requeue,
     Workspace,
@@ -26,6 +27,7 @@ from services.queue.decide import (
     fate,
     hear_beat,
     hear_forwards,
+    keep,
     rank,
     spare,
     taken,
@@ -34,6 +36,7 @@ from services.queue.decide import (
 from shared.facts import ItemStatus
 
 NOW = 1000.0
+PLACE = (1, 7)
 OPEN = Workspace("w", url="http://a", waiting=5)
 
 
@@ -199,15 +202,15 @@ def test_a_beat_with_room_opens_a_workspace_that_was_busy() -> None:
 
 
 def test_a_session_ends_as_if_it_had_not_begun_when_it_met_a_busy_agent() -> None:
-    known = beat(OPEN, rev=1, at=NOW - 1)
-    begun = begin(known, 1)
-    back = end(begun, Ending.NEITHER, begun_at=NOW, now=NOW, requeued=True)
+    known = replace(beat(OPEN, rev=1, at=NOW - 1), floor=PLACE)
+    begun = begin(known, 1, PLACE)
+    back = end(begun, Ending.NEITHER, begun_at=NOW, now=NOW, back_at=PLACE)
     assert replace(back, rev=known.rev) == known
 
 
 def test_an_unknown_end_leaves_the_agent_busy_until_its_next_beat() -> None:
-    known = begin(beat(OPEN, rev=1, at=NOW - 1), 1)
-    lost = end(known, Ending.UNKNOWN, begun_at=NOW, now=NOW, requeued=True)
+    known = begin(beat(OPEN, rev=1, at=NOW - 1), 1, PLACE)
+    lost = end(known, Ending.UNKNOWN, begun_at=NOW, now=NOW, back_at=PLACE)
     assert taken(lost, NOW) == 1
     assert taken(beat(lost, rev=2, at=NOW + 5), NOW + 5) == 0
 
@@ -226,17 +229,58 @@ def test_counters_follow_any_sequence(steps: list[tuple[str, int]]) -> None:
     for rev, (step, active) in enumerate(steps, start=1):
         now += 1
         if step == "begin":
-            workspace = begin(replace(workspace, waiting=workspace.waiting + 1), 1)
+            workspace = begin(keep(workspace, PLACE), 1, PLACE)
             began.append(now)
         elif step == "beat":
             workspace = beat(workspace, rev=rev, active=active, at=now)
         elif began:
             ending = {"answered": Ending.ANSWERED, "neither": Ending.NEITHER, "unknown": Ending.UNKNOWN}[step]
-            workspace = end(workspace, ending, begun_at=began.pop(0), now=now, requeued=step != "answered")
+            back_at = PLACE if step != "answered" else None
+            workspace = end(workspace, ending, begun_at=began.pop(0), now=now, back_at=back_at)
         assert workspace.running == len(began)
         assert workspace.started_since >= 0
         assert len(workspace.recent_ended) <= 4
         assert taken(workspace, now) >= len(began)
+
+
+_PLACES = st.tuples(st.integers(0, 1), st.integers(0, 6))
+
+
+# Weighted: a floor rises only by claims that follow each other, and what goes back must have been claimed before.
+_STEPS = st.sampled_from(["keep", "keep", "later", "due", "claim", "claim", "claim", "back", "drop"])
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(_STEPS, _PLACES), min_size=20, max_size=60))
+def test_nothing_that_waits_lies_below_the_floor(steps: list[tuple[str, Place]]) -> None:
+    """Whatever comes in late, goes back, waits by its own clock or ends: a claim that begins at the floor meets it."""
+    workspace = replace(OPEN, waiting=0)
+    due: list[Place] = []
+    later: list[Place] = []
+    out: list[Place] = []
+    for step, place in steps:
+        line = sorted(due + later)
+        if step in {"keep", "later"}:
+            workspace = keep(workspace, place)
+            (due if step == "keep" else later).append(place)
+        elif step == "due":
+            due, later = due + later, []
+        elif step == "claim" and due:
+            seen = [each for each in line if each >= workspace.floor]
+            claimed = min(each for each in seen if each in due)
+            assert claimed == min(due), "the order of claims is that of places"
+            workspace = begin(workspace, 1, seen[0])
+            due.remove(claimed)
+            out.append(claimed)
+        elif step == "back" and out:
+            back = out.pop(0)
+            workspace = end(workspace, Ending.NEITHER, begun_at=NOW, now=NOW, back_at=back)
+            later.append(back)
+        elif step == "drop" and line:
+            (due if line[-1] in due else later).remove(line[-1])
+            workspace = replace(workspace, waiting=workspace.waiting - 1)
+        assert all(each >= workspace.floor for each in due + later)
+        assert workspace.waiting == len(due + later)
 
 
 # ── the rest ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -190,7 +190,8 @@ class Rig:
 
     async def empty(self) -> None:
         await self.pool.execute(
-            "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas, outbox, dead_letters"
+            "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, "
+            "replicas, outbox, dead_letters"
         )
 
     async def replica(self) -> Replica:
