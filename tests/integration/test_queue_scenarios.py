@@ -33,7 +33,7 @@ from tests.conftest import Stack, until
 from tests.integration.queue_kit import Door, agent, digest, door, queue_service, queue_settings
 from tests.integration.rows_kit import claim, enqueue, message, settle
 
-TABLES = "a2a_queue, a2a_finished, idempotency_keys, workspaces, replicas, inbox, outbox, dead_letters"
+TABLES = "a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas, inbox, outbox, dead_letters"
 
 
 @pytest.fixture
@@ -650,33 +650,3 @@ async def test_work_whose_wake_up_was_lost_is_found_behind_a_page_that_cannot_be
             await connection.execute("UPDATE workspaces SET url = $1 WHERE workspace_id = 'z'", worker.url)
         await front.ended(fact.queue_id)
         assert [each.queue_id for each in worker.received] == [str(fact.queue_id)]
-
-
-async def test_a_claim_works_under_an_old_snapshot(rows: Pool) -> None:
-    """B-20: 10,000 items come and go while somebody holds a snapshot; the next claim is right. Its cost is printed."""
-    await fill(rows, "w", 100)
-    cost = {"before": await claim_cost(rows)}
-    async with rows.acquire() as old, old.transaction(isolation="repeatable_read"):
-        await old.fetchval("SELECT count(*) FROM a2a_queue")
-        for _ in range(10):
-            await rows.execute("DELETE FROM a2a_queue WHERE rank_ms > 0")
-            await fill(rows, "w", 1000)
-            await rows.execute("UPDATE a2a_queue SET rank_ms = -rank_ms WHERE rank_ms > 900")
-            await rows.execute("UPDATE a2a_queue SET rank_ms = 10000 WHERE rank_ms < 0")
-        await rows.execute("DELETE FROM a2a_queue WHERE rank_ms < 10000")
-        cost["held"] = await claim_cost(rows)
-        (item,) = await claim(rows, "w", "one")
-        assert item.workspace_id == "w"
-    await rows.execute("VACUUM a2a_queue")
-    cost["vacuumed"] = await claim_cost(rows)
-    print(f"buffers of a claim: {cost}")
-
-
-async def claim_cost(pool: Pool) -> int:
-    """Blocks that a claim of one item touches; it is taken back."""
-    async with pool.acquire() as connection:
-        claiming = connection.transaction()
-        await claiming.start()
-        cost = await buffers(connection, SQL["claim_items"], ["w"], [1], "trial", None)
-        await claiming.rollback()
-    return cost
