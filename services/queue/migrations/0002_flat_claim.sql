@@ -16,3 +16,7 @@ ALTER TABLE workspaces DROP CONSTRAINT workspaces_pkey, ADD PRIMARY KEY (workspa
 
 CREATE INDEX a2a_queue_running ON a2a_queue (workspace_id, dispatched_at) WHERE status = 'dispatched';
 DROP INDEX a2a_queue_dispatched;
+
+-- With the id, so that a page of what is due goes on where the last one ended without a sort.
+DROP INDEX a2a_queue_ending;
+CREATE INDEX a2a_queue_ending ON a2a_queue (least(expires_at, give_up_at), queue_id) WHERE status = 'queued';
