@@ -10,7 +10,7 @@ CHAOS := -n 4 --dist worksteal
 STEP = @sh -c 'b=$$(date +%s); "$$@"; r=$$?; echo "$$0  $$(( $$(date +%s) - b )) s" >&2; exit $$r'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos test-chaos-long bench lint types format scenarios lock fresh
+.PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos test-chaos-long bench bench-peers bench-large bench-smoke lint types format scenarios lock fresh
 
 help: ## What there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -52,6 +52,15 @@ test-chaos-long: setup ## The same with outages of 60 to 90 s and the large coun
 
 bench: setup ## The figures of the whole path beside what they are to reach, and beside nginx
 	@$(PY) -m tests.bench $(ARGS)
+
+bench-peers: setup ## The same with nginx, procrastinate, pgqueuer, celery, dramatiq and Starlette beside it
+	@$(PY) -m tests.bench --peers $(ARGS)
+
+bench-large: setup ## The claim among ten million waiting items (8 GB of disk)
+	@$(PY) -m tests.bench --large $(ARGS) claim
+
+bench-smoke: setup ## One short round of every figure: whether it runs, not how fast
+	$(STEP) "benchmarks, one short round" $(PY) -m tests.bench --smoke $(ARGS)
 
 lint: setup ## Ruff with every rule that is not refused in pyproject.toml
 	$(STEP) "lint" $(PY) -m ruff check .

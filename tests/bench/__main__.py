@@ -13,8 +13,8 @@ from pathlib import Path
 import structlog
 
 from deploy.local.servers import Servers, servers
-from tests.bench import claim, figures, freed
-from tests.bench.table import Row, as_json, as_text
+from tests.bench import claim, compared, figures, freed
+from tests.bench.table import Row, as_json, as_text, write
 from tests.conftest import TEMPLATE, Stack, make_template
 
 PARTS = ("forward", "keep", "drain", "freed", "beats", "claim", "idle")
@@ -33,6 +33,9 @@ async def measure(
             rows += await figures.keep(bench, float(rows[0].note.partition("/")[0].replace(",", "")))
         if "drain" in parts:
             rows += await figures.drain(bench)
+            rows += await figures.drain_stubbed(bench)
+        if "peers" in parts:
+            rows += await compared.rows(bench, running, folder, rows)
         if "beats" in parts:
             rows += await figures.beats(bench, folder)
     if "freed" in parts:
@@ -55,7 +58,10 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="one short round: whether it runs, not how fast")
     parser.add_argument("--large", action="store_true", help="the claim among ten million too")
     parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--peers", action="store_true", help="install the peers and measure them in the same run")
+    parser.add_argument("--write", type=Path, help="put the table into this Markdown file, between its marks")
     arguments = parser.parse_args()
+    parts = [*arguments.parts, *(["peers"] if arguments.peers else [])]
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     seconds, rounds, sizes = (1.0, 1, SIZES[:1]) if arguments.smoke else (4.0, 5, SIZES)
     sizes += (claim.LARGE,) * arguments.large
@@ -64,7 +70,9 @@ def main() -> int:
         servers(Path(folder) / "servers", durable=True, report=lambda line: print(line, file=sys.stderr)) as running,
     ):
         make_template(running)
-        rows = asyncio.run(measure(running, Path(folder), arguments.parts, seconds=seconds, rounds=rounds, sizes=sizes))
+        rows = asyncio.run(measure(running, Path(folder), parts, seconds=seconds, rounds=rounds, sizes=sizes))
+    if arguments.write:
+        write(arguments.write, rows)
     print(as_json(rows) if arguments.json else as_text(rows))
     return 0
 

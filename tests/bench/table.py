@@ -96,3 +96,15 @@ def _number(value: float | None) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+_MARKS = ("<!-- figures: written by `make bench ARGS=--write` -->", "<!-- end of figures -->")
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Put the table between the marks of a Markdown file; what else stands there is ours to write."""
+    begin, end = _MARKS
+    before, _, rest = path.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    told = ", ".join(f"{name} {value}" for name, value in machine().items())
+    path.write_text(f"{before}{begin}\n\n{as_markdown(rows)}\n\n{told}\n\n{end}{after}")

@@ -51,6 +51,8 @@ class Process:
     postgres: Link
     rabbitmq: Link
     faults: list[Fault]
+    module: str | None = None
+    """Another program that is to run in its place from the next start on."""
     _running: asyncio.subprocess.Process | None = None
     _frozen_at: float | None = field(default=None)
 
@@ -72,7 +74,7 @@ class Process:
         assert self._running is None, f"{self.name} runs"
         with self.log.open("ab") as log:
             self._running = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", f"services.{self.service}",
+                sys.executable, "-m", self.module or f"services.{self.service}",
                 cwd=ROOT, env=self.env, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
 
