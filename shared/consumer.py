@@ -8,6 +8,7 @@ backpressure, and a nack loop would dead-letter everything within a second (3-bu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,6 +28,7 @@ from faststream.rabbit import (
     RabbitMessage,
     RabbitQueue,
 )
+from faststream.rabbit.subscriber import RabbitSubscriber
 
 from shared import topology
 from shared.batches import decode_batch, encode, split
@@ -81,6 +83,7 @@ class Reader:
         self._inbox = inbox
         self._committed = committed
         self._asides: dict[str, Aside] = {}
+        self._lines: list[tuple[_Line, RabbitSubscriber]] = []
         self._unsticking: asyncio.Task[None] | None = None
         self._exchange = RabbitExchange(topology.EXCHANGE, type=ExchangeType.TOPIC, durable=True)
         self.broker = RabbitBroker(
@@ -106,7 +109,11 @@ class Reader:
         if aside is not None:
             self._asides[route.queue(self._replica_id)] = aside
         write = partial(self._write, route, handle)
-        self._subscribe(route, _Line(write) if route.ordered else partial(_alone, write))
+        if not route.ordered:
+            self._subscribe(route, partial(_alone, write))
+            return
+        line = _Line(write)
+        self._lines.append((line, self._subscribe(route, line)))
 
     def hear(self, fact: type[FactT], handle: Hear[FactT]) -> None:
         """Let `handle` take `fact` into memory."""
@@ -124,6 +131,11 @@ class Reader:
             self._unsticking.cancel()
         try:
             async with asyncio.timeout(self._drain_s + _CLOSE_S):
+                for line, subscriber in self._lines:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(self._drain_s):
+                            await line.close()
+                    await _let_go(subscriber)
                 await self.broker.stop()
         except TimeoutError:
             log.warning("reader_not_closed", hint="the broker did not answer; what was not acked comes again")
@@ -144,7 +156,19 @@ class Reader:
                 for raw in split_or_whole(message.body):
                     await pay(connection, self._asides.get(source), raw, "undeliverable")
 
-            await transact(self._pool, keep)
+            attempt = 0
+            while True:  # as every batch: un-acked, for there is no other way in which it would come again
+                try:
+                    await transact(self._pool, keep)
+                except Exception as error:
+                    if classify(error) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                        log.exception("batch_not_acknowledged")
+                        raise
+                    log.warning("waiting_for_postgres", error=f"{type(error).__name__}: {error}"[:300])
+                    await asyncio.sleep(backoff_s(attempt))
+                    attempt += 1
+                else:
+                    break
             self._committed()
             DEAD_LETTERS.labels(source, "undeliverable").inc()
             await message.ack()
@@ -155,7 +179,7 @@ class Reader:
         )
         subscriber(receive)
 
-    def _subscribe(self, route: Route, on_message: Callable[[RabbitMessage], Awaitable[None]]) -> None:
+    def _subscribe(self, route: Route, on_message: Callable[[RabbitMessage], Awaitable[None]]) -> RabbitSubscriber:
         for outcome in ("applied", "duplicate", "failed"):
             FACTS_READ.labels(route.fact.__name__, outcome)
         for reason in ("invalid", "unstorable", "handler_error"):
@@ -184,6 +208,7 @@ class Reader:
             decoder=_undecoded,
         )
         subscriber(receive)
+        return subscriber
 
     async def _write(self, route: Route, handle: Store[FactT], bodies: Sequence[bytes]) -> None:
         started = time.perf_counter()
@@ -215,6 +240,13 @@ class Reader:
         await message.ack()
 
 
+async def _let_go(subscriber: RabbitSubscriber) -> None:
+    """Give back what is not acknowledged before a sibling reads on: after a cancel it would read later ones first."""
+    queue = subscriber._queue_obj  # noqa: SLF001 - the driver's own channel; FastStream closes it last of all
+    if queue is not None and not queue.channel.is_closed:
+        await queue.channel.close()
+
+
 async def _undecoded(message: RabbitMessage) -> RabbitMessage:
     """What FastStream hands to `receive`: without its dependency injection a handler gets only the decoded value."""
     return message
@@ -236,6 +268,13 @@ class _Line:
         self._write = write
         self._waiting: list[tuple[RabbitMessage, asyncio.Event]] = []
         self._one = asyncio.Lock()
+        self._closed = False
+
+    async def close(self) -> None:
+        """Write nothing more; come back when what is under way is committed and acknowledged."""
+        self._closed = True
+        async with self._one:
+            pass
 
     async def __call__(self, message: RabbitMessage) -> None:
         written = asyncio.Event()
@@ -243,6 +282,8 @@ class _Line:
         try:
             async with self._one:
                 while not written.is_set():
+                    if self._closed:
+                        return  # un-acked: it goes back to its place
                     await self._write_next()
         finally:
             # Cancelled with its connection: the broker gives it to somebody else.

@@ -51,6 +51,7 @@ async def main(settings: Settings) -> None:
                 try:
                     await service.serve()
                 finally:
+                    drain.close()
                     await service.reader.stop()
                     await drain.stop(settings.drain_s)
         finally:

@@ -263,9 +263,13 @@ class Drain:
     async def _task_known(self, item: Item, task_id: str) -> None:
         await self._pool.fetchval(SQL["set_agent_task"], item.queue_id, item.delivery_no, task_id)
 
+    def close(self) -> None:
+        """Claim nothing more from now on."""
+        self._stopping = True
+
     async def stop(self, within_s: float) -> None:
         """Claim nothing more, wait for what runs, write the rest back with the tasks that their agents accepted."""
-        self._stopping = True
+        self.close()
         async with self._one_turn:  # what a turn under way has claimed begins before we look
             tasks = [task for _, task in self.running.values()]
         if tasks:

@@ -167,7 +167,10 @@ class Loops:
 
     async def leave(self) -> None:
         """Say that this replica has stopped in order: nobody has to wait for its silence."""
-        await self.pool.execute(SQL["leave_replica"], self.settings.replica_id)
+        try:
+            await self.pool.execute(SQL["leave_replica"], self.settings.replica_id)
+        except Exception as error:  # noqa: BLE001 - while Postgres is away nobody can be told
+            log.warning("not_left", error=f"{type(error).__name__}: {error}"[:300])
 
     async def reread(self) -> float:
         """Look at our own rows: a cancel is passed on; a row that is no longer ours is let go."""

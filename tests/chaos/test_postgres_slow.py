@@ -21,6 +21,7 @@ from tests.conftest import Stack
 pytestmark = pytest.mark.timeout(300)
 QUICK = {"BIDE_QUEUE_OWNER_SILENT_S": "8", "BIDE_QUEUE_OWNER_BEAT_S": "1"}
 RING = ("proxy-1", "queue-1", "queue-2")
+_CUTS_MAX = 60
 
 
 async def test_at_200_ms_a_query_the_storm_goes_on_and_nothing_is_delivered_twice(faulty: Stack) -> None:
@@ -63,11 +64,17 @@ async def test_a_commit_that_was_never_confirmed_has_its_effect_once(faulty: Sta
     async with ring(faulty, *RING, **QUICK) as services, storm(services) as load:
         load.begin(load.agents)
         await load.more(20)
-        for number in range(30 if LONG else 10):
+
+        def adopted() -> int:
+            return sum(process.logged("delivery_adopted") for process in services.of("queue"))
+
+        cuts = 0
+        while cuts < (30 if LONG else 10) or not adopted():
+            assert cuts < _CUTS_MAX, "no claim was ever cut: the test shows less than it says"
             await asyncio.sleep(random.uniform(0.0, 0.5))
-            cut = services[f"queue-{1 + number % 2}"].postgres.cut_after(b"COMMIT")
+            cut = services[f"queue-{1 + cuts % 2}"].postgres.cut_after(b"COMMIT")
             await asyncio.wait_for(cut.wait(), 30)
+            cuts += 1
         await load.more(20)
         account = await close_books(faulty, services, load)
-        adopted = sum(process.logged("delivery_adopted") for process in services.of("queue"))
-        print(f"adopted {adopted} of {len(account.delivered)}")
+        print(f"{cuts} cuts, adopted {adopted()} of {len(account.delivered)}")

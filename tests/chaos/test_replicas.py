@@ -80,6 +80,7 @@ async def test_a_rolling_restart_hands_back_what_outlasts_the_drain(faulty: Stac
         await load.more(10)
         account = await load.account(within_s=150)
         account.check()
+        assert account.out_of_order() == []
         print("live forwards under the restart:", [task.result().fate for task in live])
         assert [(each.item or {}).get("status") for each in long] == ["completed"] * 6
         assert [(each.item or {}).get("attempts") for each in long] == [0] * 6

@@ -7,13 +7,14 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
+import pytest
 from uuid_utils.compat import uuid7
 
 from shared.consumer import Tell
 from shared.database import Connection
-from shared.facts import MessageBusy
+from shared.facts import MessageBusy, SessionStop
 from tests.conftest import Stack, until
-from tests.integration.conftest import Replica, replica
+from tests.integration.conftest import Replica, replica, stop
 
 
 def numbered(number: int) -> MessageBusy:
@@ -95,3 +96,32 @@ async def _written(side: Replica, count: int) -> bool:
 async def _post(side: Replica, count: int) -> None:
     for number in range(count):
         await side.publisher.publish(numbered(number))
+
+
+@pytest.mark.parametrize("busy_elsewhere", [False, True])
+async def test_a_replica_that_stops_hands_over_without_letting_later_messages_pass(
+    clean: Stack, *, busy_elsewhere: bool
+) -> None:
+    """B-30: what it had fetched goes back before its sibling reads on, also while its other readers still work."""
+    written, go = Written(), asyncio.Event()
+
+    async def slowly(_connection: Connection, _facts: Sequence[SessionStop]) -> None:
+        await go.wait()
+
+    async with replica(clean) as one, replica(clean) as two:
+        for each in (one, two):
+            each.reader.store(SessionStop, slowly)
+            await written.read(each)
+        posting = asyncio.create_task(_post(one, 400))
+        await written.until(50)
+        if busy_elsewhere:
+            await one.publisher.publish(stop("s1"))
+            await one.publisher.publish(stop("s2"))
+        reading = {one.settings.replica_id: one, two.settings.replica_id: two}[written.by[0]]
+        stopping = asyncio.create_task(reading.reader.stop())
+        await written.until(300)  # the sibling reads on, whatever the other still waits for
+        go.set()
+        await stopping
+        await posting
+        await written.until(400)
+        assert written.numbers == list(range(400))

@@ -153,7 +153,7 @@ def test_snapshots_that_never_become_complete_are_forgotten() -> None:
 
 
 def keep(seconds: float = 0, caller: bytes = CALLER) -> Keep:
-    return Keep(uuid7(), "w", "c", caller, Priority.TASK, "backlog", T0 + seconds)
+    return Keep(uuid7(), "w", "c", caller, Priority.TASK, "backlog", T0 + seconds, confirmed=True)
 
 
 def shown(each: Keep, seconds: float, **more: object) -> ItemKept:
@@ -201,6 +201,17 @@ async def test_a_keep_from_an_absence_of_the_queue_service_counts_until_that_has
         await handlers.snapshots([snapshot(seconds)])
     assert copies.keeps.pending("w") == pending
     assert copies.keeps.find(mine.queue_id) is mine, "GET /queue answers for it meanwhile"
+
+
+async def test_what_the_broker_never_confirmed_is_no_promise_once_the_queue_should_have_shown_it() -> None:
+    """The caller was told `keep_unknown`: GET must not say `queued` for ever of what may never have been sent."""
+    keeps, mine = Keeps(), keep()
+    mine.confirmed = False
+    keeps.promise(mine)
+    keeps.covered("w", T0 + 5)
+    assert keeps.find(mine.queue_id) is mine
+    keeps.covered("w", T0 + 60, waiting=0)
+    assert keeps.find(mine.queue_id) is None
 
 
 async def test_a_promise_of_which_nothing_is_heard_is_still_a_promise() -> None:

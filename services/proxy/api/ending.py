@@ -20,6 +20,8 @@ from shared.facts import ItemChanged, ItemStatus
 from shared.results import read_result
 
 _OPEN = ("queued", "dispatched")
+_ASK_AGAIN_S = 10.0
+"""How long somebody who waits for an item's end goes by what is told, before the queue is asked again."""
 
 
 class Endings:
@@ -61,9 +63,16 @@ class Endings:
 
     async def _wait_for(self, message: Message, kept: Kept, waiter: Waiter, until: float) -> Response:
         stopping = asyncio.ensure_future(self._stopping.wait())
-        within_s = max(0.0, until - time.monotonic())
         try:
-            await asyncio.wait((waiter.ended, stopping), timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+            while (left_s := until - time.monotonic()) > 0 and not stopping.done() and not waiter.ended.done():
+                within_s = min(left_s, _ASK_AGAIN_S)
+                await asyncio.wait((waiter.ended, stopping), timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+                if not waiter.ended.done() and within_s == _ASK_AGAIN_S:
+                    # What tells its end may have been lost with the broker, or come before we began to listen.
+                    ended = await self._look(message, kept)
+                    if ended is not None:
+                        ended.headers.append((b"preference-applied", f"wait={message.wait_s:g}".encode()))
+                        return ended
         finally:
             stopping.cancel()
         if not waiter.ended.done():

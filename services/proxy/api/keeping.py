@@ -65,6 +65,7 @@ class Keeper:
         except PublishUnknown:
             # It goes on counting as backlog: what comes after it must not pass it, if it is there.
             return KEEP_UNKNOWN
+        keep.confirmed = True
         KEEPS.labels(reason.value).inc()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.kept_wait_s):

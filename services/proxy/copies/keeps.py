@@ -34,6 +34,8 @@ class Keep:
     reason: str
     promised_at: float
     shown_at: float | None = None
+    confirmed: bool = False
+    """Whether the broker said that it has it; until then it may not be there at all."""
     told: asyncio.Future[ItemKept] | None = None
     key_hash: bytes | None = None
 
@@ -139,6 +141,8 @@ class Keeps:
             if known or copied_at > max(keep.promised_at, unbroken_since) + _LOST_S:
                 # It stays promised: the queue may still wait for its database, and a GET must not say "unknown".
                 self._drop_pending(workspace_id, keep.queue_id)
+                if not keep.confirmed and keep.shown_at is None:
+                    self._promised.pop(keep.queue_id, None)  # the broker never had it: GET asks the queue
         if waiting == 0 and not self.pending(workspace_id):
             # Nothing waits there at all: whatever was not heard to end has ended.
             self._held.pop(workspace_id, None)

@@ -113,7 +113,7 @@ def failures(logs: Iterable[str]) -> list[str]:
 async def close_books(stack: Stack, services: Ring, load: Storm) -> Account:
     """Lost 0, set aside 0, delivered twice 0, one at a time; and no handler and no loop has failed by itself.
 
-    Order is only reported: batches that wait for Postgres side by side come through in any order (I3, a late insert).
+    Order holds too: batches that wait for Postgres side by side come through in any order (I3, a late insert).
     """
     account = await load.account(within_s=150)
     account.check()
