@@ -58,7 +58,7 @@ class EnvelopeError(Exception):
         self.request_id = request_id
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class _Value:
     """One value of the text: where it stands, and what it is (None for what was only skipped)."""
 
@@ -67,7 +67,7 @@ class _Value:
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class Envelope:
     """What was read of a request. Names are A2A's in snake_case; None: the caller did not say it."""
 

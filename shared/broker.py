@@ -105,7 +105,9 @@ class Publisher:
         exchange: AbstractExchange,
         *,
         confirm_timeout_s: float,
+        sender: str,
     ) -> None:
+        self._sender = sender
         self._connection = connection
         self._channel = channel
         self._exchange = exchange
@@ -209,6 +211,7 @@ class Publisher:
         # No message_id of ours: the driver matches returns by it, and one used twice at once confirms falsely.
         message = aio_pika.Message(
             body,
+            app_id=self._sender,
             content_type="application/json",
             # The one place where persistence is decided; transient is the library's default.
             delivery_mode=DeliveryMode.PERSISTENT if lane.durable else DeliveryMode.NOT_PERSISTENT,
@@ -284,7 +287,9 @@ async def open_publisher(settings: SharedSettings) -> AsyncIterator[Publisher]:
         # Not ensured: a passive declaration would be repeated at each reconnect, before ours, and fail without end on a
         # broker that lost its data.
         exchange = await channel.get_exchange(topology.EXCHANGE, ensure=False)
-        publisher = Publisher(connection, channel, exchange, confirm_timeout_s=settings.confirm_timeout_s)
+        publisher = Publisher(
+            connection, channel, exchange, confirm_timeout_s=settings.confirm_timeout_s, sender=settings.replica_id
+        )
         connection.reconnect_callbacks.add(publisher.reconnected)
         try:
             yield publisher

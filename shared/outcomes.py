@@ -66,7 +66,7 @@ class NoAnswer:
     fault: Fault
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class Verdict:
     """What the outcome means, and what to tell whom."""
 

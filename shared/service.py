@@ -98,7 +98,7 @@ def start(name: str, kind: type[SettingsT], main: Callable[[SettingsT], Coroutin
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    start_logging(name, settings)
+    start_logging(name, settings, cached=True)
     _spare_the_collector()
     try:
         uvloop.run(_until_signalled(main(settings)))

@@ -44,8 +44,11 @@ BUS_CONNECTED = Gauge("bide_bus_connected", "1 while the connection to RabbitMQ 
 _encode = json.JSONEncoder(default=repr).encode
 
 
-def start_logging(service: str, settings: SharedSettings) -> None:
-    """Send structlog and the standard library's loggers to stderr in one form; bind `service` and `replica`."""
+def start_logging(service: str, settings: SharedSettings, *, cached: bool = False) -> None:
+    """Send structlog and the standard library's loggers to stderr in one form; bind `service` and `replica`.
+
+    `cached`: for a process that is this service alone. Its logger then costs half as much, and keeps this stderr.
+    """
     as_json = structlog.processors.JSONRenderer(lambda event, **_: _encode(event))
     renderer: structlog.typing.Processor = as_json if settings.log_format == "json" else structlog.dev.ConsoleRenderer()
     shared: list[structlog.typing.Processor] = [
@@ -61,7 +64,7 @@ def start_logging(service: str, settings: SharedSettings) -> None:
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
+        cache_logger_on_first_use=cached,
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=renderer))

@@ -161,7 +161,9 @@ class Share:
     others: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(
+    slots=True, kw_only=True
+)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class Arrival:
     """Everything that the route of one message depends on."""
 

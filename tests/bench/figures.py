@@ -232,7 +232,7 @@ def _published(bench: Bench) -> float:
     for process in (bench.proxy, bench.queue):
         with urllib.request.urlopen(f"{process.url}/metrics") as reply:
             text = reply.read().decode()
-        found = re.findall(r"^bide_bus_batch_facts_count\{[^}]*\} (\S+)$", text, re.MULTILINE)
+        found = re.findall(r"^bide_batch_facts_count\{[^}]*\} (\S+)$", text, re.MULTILINE)
         total += sum(map(float, found))
     return total
 

@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 from pydantic import SecretStr
 
-from services.queue import store
+from services.queue import decide, store
 from services.queue.deliver import Ending
 from services.queue.drain import Drain, Turn
 from services.queue.settings import Settings
@@ -101,6 +101,20 @@ class Bench:
             before = await connection.fetchval(FETCHED)
             turn = await self.drain._turn(connection, endings, [name], 1, None)
             return turn, await connection.fetchval(FETCHED) - before
+        finally:
+            await transaction.rollback()
+
+    async def claim_alone(self, connection: Connection, name: str) -> int:
+        """Lock, claim, count: what a claim is, without what a turn tells of it; rolled back. The buffers it touched."""
+        transaction = connection.transaction()
+        await transaction.start()
+        try:
+            before = await connection.fetchval(FETCHED)
+            workspaces = await store.lock(connection, [name])
+            items, first = await store.claim(connection, {name: 1}, workspaces, "me", None)
+            after = {name: decide.begin(workspaces[name], len(items), first[name])}
+            await store.save(connection, workspaces, after)
+            return int(await connection.fetchval(FETCHED)) - int(before)
         finally:
             await transaction.rollback()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -243,6 +244,29 @@ async def test_every_replica_hears_what_is_for_each_of_them(clean: Stack) -> Non
         await replicas["one"].publisher.publish(changed)
         for queue in heard.values():
             assert await asyncio.wait_for(queue.get(), 10) == changed.queue_id
+
+
+async def test_what_a_replica_said_itself_it_need_not_hear(clean: Stack) -> None:
+    heard: dict[str, list[int]] = {"all": [], "others": []}
+
+    async def hear(where: str, facts: Sequence[WorkspaceHeartbeat]) -> None:
+        heard[where] += [fact.rev for fact in facts]
+
+    async with replica(clean, "proxy") as one, replica(clean, "proxy") as two:
+        one.reader.hear(WorkspaceHeartbeat, partial(hear, "others"), own=False)
+        two.reader.hear(WorkspaceHeartbeat, partial(hear, "all"))
+        await one.reader.start()
+        await two.reader.start()
+        for number, side in enumerate((one, two, one, two)):
+            await side.publisher.publish(
+                WorkspaceHeartbeat(workspace_id="w", rev=number + 1, incarnation=1, active_tasks=0)
+            )
+
+        async def both() -> bool:
+            return (len(heard["all"]), len(heard["others"])) == (4, 2)
+
+        await until(both)
+        assert heard == {"all": [1, 2, 3, 4], "others": [2, 4]}
 
 
 async def test_the_outcome_of_every_publish_is_counted(clean: Stack) -> None:

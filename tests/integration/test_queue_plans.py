@@ -22,8 +22,10 @@ from tests.integration.claim_kit import Bench, explain, held_snapshot
 from tests.integration.queue_kit import digest
 
 ROWS = 100_000
-CLAIM_MAX = 36
-"""The lock, the claim, the counters and what the turn tells of the workspace; four indexes take the new version."""
+CLAIM_MAX = 30
+"""The lock, the claim and the counters: the design's 28, and two for keys that a held snapshot does not lengthen."""
+TURN_MAX = 34
+"""And what the turn tells of the workspace: its deliveries are read."""
 
 
 @pytest.fixture
@@ -62,7 +64,11 @@ async def test_a_claim_touches_few_buffers_whatever_its_plans_were_made_for(
             counts["analysed"] = [(await bench.claim(new, "w"))[1] for _ in range(8)]
     print(counts)
     # The first claim of a connection, and of a table that was vacuumed, reads the indexes' meta pages as well.
-    assert all(max(each[1:]) <= CLAIM_MAX for each in counts.values()), counts
+    assert all(max(each[1:]) <= TURN_MAX for each in counts.values()), counts
+    async with bench.pool.acquire() as connection:
+        alone = [await bench.claim_alone(connection, "w") for _ in range(8)]
+    print(alone)
+    assert max(alone[1:]) <= CLAIM_MAX, alone
 
 
 async def test_an_ending_and_a_return_touch_few_buffers_with_plans_of_an_empty_table(never_analysed: Bench) -> None:
@@ -74,7 +80,7 @@ async def test_an_ending_and_a_return_touch_few_buffers_with_plans_of_an_empty_t
         for reply in replies:
             turn = await bench.turn(connection, "w")
             _, touched = await bench.claim(connection, "w", [Ending(turn.items[0], reply, b"{}")])
-            assert touched <= 3 * CLAIM_MAX, reply
+            assert touched <= 3 * TURN_MAX, reply
             await bench.turn(connection, "w", [Ending(turn.items[0], "delivered", b"{}")], room=0)
 
 
@@ -120,7 +126,7 @@ async def test_a_snapshot_held_open_elsewhere_does_not_slow_the_claim(bench: Ben
     print(f"plain {plain}, held {held}")
     assert dead > 30, "the snapshot did not hold: the workspace's earlier versions were cleared away"
     assert max(held) <= 3 * plain
-    assert max(held[1:]) <= 2 * CLAIM_MAX
+    assert max(held[1:]) <= 2 * TURN_MAX
 
 
 # ── the floor ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -37,7 +37,9 @@ class Wish(Enum):
     LIMITED = "limited"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(
+    slots=True, kw_only=True
+)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class Message:
     """One message for one workspace."""
 

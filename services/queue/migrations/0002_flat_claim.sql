@@ -20,3 +20,6 @@ DROP INDEX a2a_queue_dispatched;
 -- With the id, so that a page of what is due goes on where the last one ended without a sort.
 DROP INDEX a2a_queue_ending;
 CREATE INDEX a2a_queue_ending ON a2a_queue (least(expires_at, give_up_at), queue_id) WHERE status = 'queued';
+
+-- Every claim wrote into it, and what it served is small: all deliveries of all replicas, once a second.
+DROP INDEX a2a_queue_owned;
