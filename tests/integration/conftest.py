@@ -77,7 +77,7 @@ async def purge(stack: Stack) -> None:
     connection = await aio_pika.connect(stack.amqp_url)
     async with connection:
         channel = await connection.channel()
-        for name in ("queue.session.stop", "queue.message.busy"):
+        for name in ("queue.session.stop", "queue.message.busy", "queue.workspace.heartbeat"):
             try:
                 queue = await channel.get_queue(name)
             except aio_pika.exceptions.ChannelNotFoundEntity:
