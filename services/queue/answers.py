@@ -21,9 +21,9 @@ from services.queue.drain import Drain
 from services.queue.loops import end_waiting
 from services.queue.store import PRIORITY_NAMES, SQL
 from shared.broker import Publisher
-from shared.consumer import Tell
 from shared.database import Connection
 from shared.facts import QueryAnswered, QueueQuery
+from shared.intake import Tell
 
 ANSWER_INLINE_MAX = 64 << 10
 _FIRST = (-1, -1, UUID(int=0))

@@ -19,7 +19,6 @@ from services.queue.settings import Settings
 from services.queue.store import Known, key_of
 from shared import outbox
 from shared.broker import Publisher
-from shared.consumer import Tell
 from shared.database import Connection
 from shared.facts import (
     Fact,
@@ -33,6 +32,7 @@ from shared.facts import (
     WorkspaceRegistered,
     WorkspaceRemoved,
 )
+from shared.intake import Tell
 
 FactT = TypeVar("FactT", bound=Fact)
 

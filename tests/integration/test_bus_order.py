@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 from uuid_utils.compat import uuid7
 
-from shared.consumer import Tell
 from shared.database import Connection
 from shared.facts import MessageBusy, SessionStop
+from shared.intake import Tell
 from tests.conftest import Stack, until
 from tests.integration.conftest import Replica, replica, stop
 

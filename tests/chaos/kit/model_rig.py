@@ -30,10 +30,10 @@ from services.queue.settings import Settings
 from shared import topology
 from shared.agents import BodyLost, NotSent, Unanswered
 from shared.batches import encode, encode_batch
-from shared.consumer import Store, _Batch
 from shared.database import Connection, Pool, transact
 from shared.facts import Fact, FactT, ItemKept, QueryAnswered
 from shared.inbox import Inbox
+from shared.intake import Batch, Store
 from shared.outcomes import Answer, Fault
 from tests.conftest import Stack
 from tests.integration.queue_kit import queue_settings
@@ -214,7 +214,7 @@ class Rig:
     async def read(self, kind: type[FactT], handle: Store[FactT], facts: Sequence[FactT]) -> None:
         """Facts come in as one batch of the bus."""
         route = topology.route(kind, "queue")
-        await _Batch(
+        await Batch(
             self.pool, asyncio.Semaphore(), self.inbox, route, handle, [encode_batch(map(encode, facts))], aside=None
         ).write()
 
