@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,7 +36,10 @@ async def measure(
             rows += await figures.drain(bench)
             rows += await figures.drain_stubbed(bench)
         if "peers" in parts:
-            rows += await compared.rows(bench, running, folder, rows)
+            try:
+                rows += await compared.rows(bench, running, folder, rows)
+            except (RuntimeError, subprocess.SubprocessError) as error:
+                print(f"a peer could not be measured: {error}", file=sys.stderr)  # the other figures stand
         if "beats" in parts:
             rows += await figures.beats(bench, folder)
     if "freed" in parts:
