@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -68,7 +69,9 @@ async def test_a_claim_touches_few_buffers_whatever_its_plans_were_made_for(
     async with bench.pool.acquire() as connection:
         alone = [await bench.claim_alone(connection, "w") for _ in range(8)]
     print(alone)
-    assert max(alone[1:]) <= CLAIM_MAX, alone
+    # One that meets the end of a page touches a neighbour and the free space map as well.
+    assert statistics.median(alone) <= CLAIM_MAX, alone
+    assert max(alone[1:]) <= TURN_MAX, alone
 
 
 async def test_an_ending_and_a_return_touch_few_buffers_with_plans_of_an_empty_table(never_analysed: Bench) -> None:
