@@ -33,9 +33,9 @@ Place = tuple[int, int]
 """Where an item stands in the line of its workspace: (lane, rank_ms), the lowest first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, for the same reason as a message: several are made for each item of a turn
 class Workspace:
-    """The queue's row of a workspace, under its lock."""
+    """The queue's row of a workspace, under its lock. Nobody changes one: `replace` makes the next."""
 
     workspace_id: str
     registry_rev: int = 0
@@ -64,6 +64,8 @@ class Workspace:
     floor: Place = (0, 0)
     """Nothing that waits lies below it: a claim begins here and meets nothing that has died before."""
     rev: int = 0
+    version: tuple[int, int] | None = field(default=None, compare=False)
+    """Where the version of the row that was locked stands (ctid)."""
 
 
 class Closed(Enum):
@@ -312,6 +314,11 @@ _FATES: Mapping[Reply, Fate] = {
     "unknown": Requeue("unknown", Ending.UNKNOWN, attempts=1, deaths=1, row_wait=True),
     "owner_died": Requeue("owner_died", Ending.UNKNOWN, attempts=1),
 }
+
+
+def may_go_back(reply: Reply) -> bool:
+    """Whether an item with this reply can return to the queue."""
+    return isinstance(_FATES[reply], Requeue)
 
 
 def _fate(reply: Reply, attempts: int, deaths: int, *, at_most_once: bool, limits: tuple[int, int]) -> Fate:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
+from typing import Any
 from uuid import UUID
 
 from services.queue import decide, store
@@ -26,7 +27,7 @@ from shared import outbox
 from shared.agents import Agents
 from shared.broker import Publisher
 from shared.database import Connection, Pool, Trouble, backoff_s, classify, transact
-from shared.facts import Backlog, Fact, ItemChanged, ItemStatus, Running, WorkspaceBacklog
+from shared.facts import Fact, ItemChanged, ItemStatus, Running, WorkspaceBacklog
 from shared.loops import Loop
 from shared.telemetry import log
 
@@ -160,14 +161,9 @@ class Drain:
         self, connection: Connection, endings: Sequence[Ending], ready: Sequence[str], room: int, now: datetime | None
     ) -> Turn:
         names = {ending.item.workspace_id for ending in endings} | set(ready)
-        before = await store.lock(connection, names)
-        moment = await store.clock(connection, now)
-        after = dict(before)
-        canceled = await store.canceled(connection, [ending.item.queue_id for ending in endings])
-        settled = [
-            self._settled(ending, before[ending.item.workspace_id], canceled=ending.item.queue_id in canceled)
-            for ending in endings
-        ]
+        before = await store.lock(connection, names, now)
+        moment, after = before.now, dict(before)
+        settled = await self._settle(connection, endings, before)
         ended = await store.finish(connection, settled)
         returned = await store.requeue(connection, settled)
         for each in settled:
@@ -185,7 +181,7 @@ class Drain:
         items, first = await store.claim(connection, spare, after, self._settings.replica_id, now)
         for item in items:
             after[item.workspace_id] = decide.begin(after[item.workspace_id], 1, first[item.workspace_id])
-        await store.save(connection, before, after)
+        await store.save_counters(connection, before, after)
         changed = [change(each, ended[each.item.queue_id]) for each in settled if each.item.queue_id in ended]
         if changed:
             await outbox.add(connection, changed)
@@ -202,6 +198,17 @@ class Drain:
             for item in items
         ]
         return Turn(items, [*begun, *backlogs], claimed_at)
+
+    async def _settle(
+        self, connection: Connection, endings: Sequence[Ending], workspaces: Mapping[str, Workspace]
+    ) -> list[Settled]:
+        """Give each ending its fate; whether somebody wants an item canceled counts only where it would go back."""
+        back = [ending.item.queue_id for ending in endings if decide.may_go_back(ending.reply)]
+        canceled = await store.canceled(connection, back)
+        return [
+            self._settled(each, workspaces[each.item.workspace_id], canceled=each.item.queue_id in canceled)
+            for each in endings
+        ]
 
     def _settled(self, ending: Ending, workspace: Workspace, *, canceled: bool) -> Settled:
         item = ending.item
@@ -336,12 +343,15 @@ async def read_backlogs(
 ) -> list[WorkspaceBacklog]:
     """Say of each workspace what waits and runs."""
     return [
-        WorkspaceBacklog(workspace_id=name, rev=workspaces[name].rev, **dict(backlog))
+        WorkspaceBacklog(workspace_id=name, rev=workspaces[name].rev, **backlog)
         for name, backlog in (await backlogs(connection, workspaces, now)).items()
     ]
 
 
-async def backlogs(connection: Connection, workspaces: Mapping[str, Workspace], now: float) -> dict[str, Backlog]:
+async def backlogs(
+    connection: Connection, workspaces: Mapping[str, Workspace], now: float
+) -> dict[str, dict[str, Any]]:
+    """The members of a `Backlog` for each workspace."""
     if not workspaces:
         return {}  # each question costs its round trip while rows are locked
     running: dict[str, list[Running]] = {name: [] for name in workspaces}
@@ -353,11 +363,11 @@ async def backlogs(connection: Connection, workspaces: Mapping[str, Workspace], 
     return {name: _backlog(workspace, running[name], now) for name, workspace in workspaces.items()}
 
 
-def _backlog(workspace: Workspace, running: list[Running], now: float) -> Backlog:
+def _backlog(workspace: Workspace, running: list[Running], now: float) -> dict[str, Any]:
     shut = workspace.not_before is not None and workspace.not_before > now
-    return Backlog(
-        waiting=workspace.waiting,
-        in_use=decide.taken(workspace, now),
-        not_before=workspace.not_before if shut else None,
-        running=running,
-    )
+    return {
+        "waiting": workspace.waiting,
+        "in_use": decide.taken(workspace, now),
+        "not_before": workspace.not_before if shut else None,
+        "running": running,
+    }

@@ -16,7 +16,7 @@ from services.queue.decide import Forwards, Workspace
 from services.queue.drain import Drain, read_backlogs
 from services.queue.metrics import ENQUEUED
 from services.queue.settings import Settings
-from services.queue.store import Known, key_of
+from services.queue.store import Known, Locked, key_of
 from shared import outbox
 from shared.broker import Publisher
 from shared.database import Connection
@@ -132,10 +132,10 @@ class Handlers:
         return lambda: self._tell([], after)
 
     async def _backlogs(
-        self, connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]
+        self, connection: Connection, before: Locked, after: Mapping[str, Workspace]
     ) -> list[WorkspaceBacklog]:
         moved = {name: workspace for name, workspace in after.items() if workspace != before[name]}
-        return await read_backlogs(connection, moved, await store.clock(connection, None)) if moved else []
+        return await read_backlogs(connection, moved, before.now)
 
     def _tell(self, backlogs: Sequence[WorkspaceBacklog], after: Mapping[str, Workspace]) -> None:
         for backlog in backlogs:

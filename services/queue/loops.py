@@ -219,8 +219,7 @@ class Loops:
             workspaces = {each.workspace_id: each for each in await store.read_active(connection)}
             found = await backlogs(connection, workspaces, await store.clock(connection, None))
         named = [
-            NamedBacklog(workspace_id=name, rev=workspaces[name].rev, **dict(backlog))
-            for name, backlog in found.items()
+            NamedBacklog(workspace_id=name, rev=workspaces[name].rev, **backlog) for name, backlog in found.items()
         ]
         parts = [named[at : at + _SNAPSHOT_PART] for at in range(0, len(named), _SNAPSHOT_PART)] or [[]]
         self._snapshots += 1

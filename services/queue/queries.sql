@@ -12,10 +12,12 @@ INSERT INTO workspaces (workspace_id) SELECT workspace_id FROM made
 -- LATERAL … LIMIT, here and below: however small a table was when the plan was made, it is looked into once per key.
 -- In the order given. There is one row each: the newest version is looked for first, because under a snapshot held open
 -- elsewhere all its earlier ones are still there.
+-- With its place, so that whoever saves it need not look for it again, and the time once it was locked.
 SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch,
-       extract(epoch FROM w.not_before)::float8 AS not_before_epoch
+       extract(epoch FROM w.not_before)::float8 AS not_before_epoch,
+       extract(epoch FROM coalesce($2::timestamptz, clock_timestamp()))::float8 AS now_epoch
 FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
-  SELECT * FROM workspaces WHERE workspace_id = named.workspace_id
+  SELECT *, ctid AS version FROM workspaces WHERE workspace_id = named.workspace_id
   ORDER BY rev DESC LIMIT 1 FOR NO KEY UPDATE) w
 
 -- name: read_clock
@@ -25,10 +27,10 @@ SELECT extract(epoch FROM coalesce($1::timestamptz, clock_timestamp()))::float8
 SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch,
        extract(epoch FROM w.not_before)::float8 AS not_before_epoch
 FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
-  SELECT * FROM workspaces WHERE workspace_id = named.workspace_id ORDER BY rev DESC LIMIT 1) w
+  SELECT *, ctid AS version FROM workspaces WHERE workspace_id = named.workspace_id ORDER BY rev DESC LIMIT 1) w
 
 -- name: save_workspaces
--- `was_rev` is that of the row as it was locked: it leads to that very version of it.
+-- `version` is the place of the row as it was locked, so nobody can have moved it since.
 UPDATE workspaces w SET
   registry_rev = s.registry_rev, url = s.url, agent_authorization = s.agent_authorization,
   max_concurrent = s.max_concurrent, at_most_once = s.at_most_once, give_up_after_s = s.give_up_after_s,
@@ -43,10 +45,20 @@ FROM jsonb_to_recordset($1::jsonb) AS s(
   give_up_after_s float8, ceiling_s float8, paused boolean, removed boolean, incarnation bigint, beat_rev bigint,
   beat_at float8, beat_active int, beat_cadence_s float8, waiting int, running int, started_since int, ended_since int,
   recent_ended float8[], forwards jsonb, not_before float8, busy_streak int, rev bigint,
-  floor bigint[], was_rev bigint)
-CROSS JOIN LATERAL (
-  SELECT ctid AS place FROM workspaces WHERE workspace_id = s.workspace_id AND rev = s.was_rev LIMIT 1) v
-WHERE w.ctid = v.place
+  floor bigint[], version tid)
+WHERE w.ctid = s.version AND w.workspace_id = s.workspace_id
+
+-- name: save_counters
+-- What deliveries and kept messages change of a workspace. An array of arrays must be even: the ends come as text.
+UPDATE workspaces w SET
+  waiting = s.waiting, running = s.running, started_since = s.started_since, ended_since = s.ended_since,
+  recent_ended = s.recent_ended::float8[], not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak,
+  rev = s.rev, floor = ARRAY[s.floor_lane, s.floor_rank], floor_rev = s.rev
+FROM unnest($1::tid[], $2::text[], $3::int[], $4::int[], $5::int[], $6::int[], $7::text[], $8::float8[], $9::int[],
+            $10::bigint[], $11::bigint[], $12::bigint[])
+  AS s(version, workspace_id, waiting, running, started_since, ended_since, recent_ended, not_before, busy_streak,
+       rev, floor_lane, floor_rank)
+WHERE w.ctid = s.version AND w.workspace_id = s.workspace_id
 
 -- name: waiting_workspaces
 -- What a sweep looks at: somebody waits or is said to run. Keyset, so that a page of closed ones hides nobody (B-08).
@@ -55,7 +67,8 @@ WHERE (waiting > 0 OR running > 0) AND workspace_id > $1
 ORDER BY workspace_id LIMIT $2
 
 -- name: active_workspaces
-SELECT *, extract(epoch FROM beat_at)::float8 AS beat_epoch, extract(epoch FROM not_before)::float8 AS not_before_epoch
+SELECT *, ctid AS version, extract(epoch FROM beat_at)::float8 AS beat_epoch,
+       extract(epoch FROM not_before)::float8 AS not_before_epoch
 FROM workspaces WHERE waiting > 0 OR running > 0 ORDER BY workspace_id
 
 -- name: running_items

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,22 @@ async def clock(connection: Connection, now: datetime | None) -> float:
     return float(await connection.fetchval(SQL["read_clock"], now))
 
 
-async def lock(connection: Connection, workspace_ids: Iterable[str]) -> dict[str, Workspace]:
+class Locked(dict[str, Workspace]):
+    """Workspaces that the caller's transaction holds. `now` is the database's time once all of them were locked."""
+
+    now: float = 0.0
+
+
+async def lock(connection: Connection, workspace_ids: Iterable[str], now: datetime | None = None) -> Locked:
     """Lock the rows in key order; make those that are missing."""
     wanted = sorted(set(workspace_ids))
-    rows = await connection.fetch(SQL["lock_workspaces"], wanted)
+    rows = await connection.fetch(SQL["lock_workspaces"], wanted, now)
     if len(rows) < len(wanted):
         await connection.execute(SQL["ensure_workspaces"], wanted)
-        rows = await connection.fetch(SQL["lock_workspaces"], wanted)
-    return {row["workspace_id"]: _workspace(row) for row in rows}
+        rows = await connection.fetch(SQL["lock_workspaces"], wanted, now)
+    locked = Locked((row["workspace_id"], _workspace(row)) for row in rows)
+    locked.now = max((row["now_epoch"] for row in rows), default=0.0)
+    return locked
 
 
 async def read(connection: Connection, workspace_ids: Iterable[str]) -> dict[str, Workspace]:
@@ -72,18 +80,43 @@ async def read_active(connection: Connection) -> list[Workspace]:
 
 
 async def save(connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]) -> None:
-    """Write the rows that changed; `before` is what `lock` gave."""
-    changed = [
-        {
-            **asdict(workspace),
-            "recent_ended": [moment for each in workspace.recent_ended for moment in each],
-            "was_rev": before[name].rev,
-        }
-        for name, workspace in after.items()
-        if workspace != before[name]
-    ]
-    if changed:
-        await connection.execute(SQL["save_workspaces"], json.dumps(changed))
+    """Write the rows that changed; `before` is what `lock` gave. Once in a transaction: the rows have moved then."""
+    changed = [_columns_of(workspace) for name, workspace in after.items() if workspace != before[name]]
+    if not changed:
+        return
+    result = await connection.execute(SQL["save_workspaces"], json.dumps(changed))
+    assert result == f"UPDATE {len(changed)}", "a row that we hold was not where we locked it"
+
+
+async def save_counters(
+    connection: Connection, before: Mapping[str, Workspace], after: Mapping[str, Workspace]
+) -> None:
+    """As `save`, where nothing has changed but what deliveries and kept messages change."""
+    changed = [workspace for name, workspace in after.items() if workspace != before[name]]
+    if not changed:
+        return
+    rows = (
+        (
+            each.version, each.workspace_id, each.waiting, each.running, each.started_since, each.ended_since,
+            "{" + ",".join(str(moment) for pair in each.recent_ended for moment in pair) + "}",
+            each.not_before, each.busy_streak, each.rev, *each.floor,
+        )
+        for each in changed
+    )  # fmt: skip
+    result = await connection.execute(SQL["save_counters"], *_columns(rows))
+    assert result == f"UPDATE {len(changed)}", "a row that we hold was not where we locked it"
+
+
+def _columns_of(workspace: Workspace) -> dict[str, Any]:
+    return {
+        **{name: getattr(workspace, name) for name in Workspace.__slots__},
+        "recent_ended": [moment for each in workspace.recent_ended for moment in each],
+        "forwards": {
+            proxy_id: {"rev": each.rev, "at": each.at, "running": each.running, "ended": each.ended}
+            for proxy_id, each in workspace.forwards.items()
+        },
+        "version": "({},{})".format(*(workspace.version or (0, 0))),
+    }
 
 
 def _workspace(row: asyncpg.Record) -> Workspace:

@@ -49,7 +49,7 @@ async def measure(stack: Stack, bench: Bench, admin: Connection, rows: int) -> d
     async with bench.pool.acquire() as connection:
 
         async def claim() -> None:
-            await bench.turn(connection, "w")
+            await bench.claim_alone(connection, "w")
 
         async with claim_kit.never_analysed(admin):
             # Its plans are those of an empty table, as a service's are that started before the flood.
@@ -63,6 +63,7 @@ async def measure(stack: Stack, bench: Bench, admin: Connection, rows: int) -> d
             found["sorts"] = sum("Sort" in node["Node Type"] for node in nodes)
         await admin.execute("VACUUM ANALYZE queue.a2a_queue, queue.workspaces", timeout=600)
         found["plain"] = await sample(connection, claim)
+        found["turn"] = await sample(connection, lambda: bench.turn(connection, "w"))
         found["list 50"] = await sample(
             connection, lambda: connection.fetch(SQL["list_waiting"], "w", None, -1, -1, UUID(int=0), 51)
         )
@@ -129,7 +130,7 @@ def rows(found: dict[str, Any]) -> list[Row]:
         rest = " · ".join(f"{row[name]['buffers']:.0f}" for name in ("position", "depth", "expiry"))
         made += [
             Row(figure="F7", what=f"whole claim, {told}", value=plain, unit="buffers", goal=28, at_most=True,
-                note=f"{note}, {row['sorts']} sorts"),
+                note=f"{note}, {row['sorts']} sorts; a whole turn {row['turn']['buffers']:.0f}"),
             Row(figure="F7", what=f"the same under a held snapshot, {row['cycles']:,} cycles old", value=held / plain,
                 unit="x", goal=3, at_most=True),
             Row(figure="F7", what=f"listing 50 · position · depth · expiry, {told}", value=row["list 50"]["buffers"],

@@ -6,7 +6,7 @@ Buffers are exact where times are not: the test in CI and the benchmark both cou
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -104,16 +104,20 @@ class Bench:
         finally:
             await transaction.rollback()
 
-    async def claim_alone(self, connection: Connection, name: str) -> int:
-        """Lock, claim, count: what a claim is, without what a turn tells of it; rolled back. The buffers it touched."""
+    async def claim_alone(self, connection: Connection, name: str) -> None:
+        """Lock, claim, count, in the caller's transaction: what a claim is, without what a turn tells of it."""
+        workspaces = await store.lock(connection, [name])
+        items, first = await store.claim(connection, {name: 1}, workspaces, "me", None)
+        after = {name: decide.begin(workspaces[name], len(items), first[name])}
+        await store.save_counters(connection, workspaces, after)
+
+    async def touched(self, connection: Connection, work: Callable[[], Awaitable[object]]) -> int:
+        """How many buffers `work` touches; it is rolled back."""
         transaction = connection.transaction()
         await transaction.start()
         try:
             before = await connection.fetchval(FETCHED)
-            workspaces = await store.lock(connection, [name])
-            items, first = await store.claim(connection, {name: 1}, workspaces, "me", None)
-            after = {name: decide.begin(workspaces[name], len(items), first[name])}
-            await store.save(connection, workspaces, after)
+            await work()
             return int(await connection.fetchval(FETCHED)) - int(before)
         finally:
             await transaction.rollback()
