@@ -57,7 +57,7 @@ class Handlers:
             for fact in part:
                 workspace = after[fact.workspace_id]
                 if fact.queue_id in kept.new:
-                    workspace = decide.keep(workspace, store.place_of(fact))
+                    workspace = decide.keep(workspace, store.place_of(fact), fact.priority)
                     after[fact.workspace_id] = workspace
                 if fact.reply_to is not None:
                     replies.append((fact.reply_to, _reply(fact, kept, workspace.waiting)))
@@ -114,7 +114,13 @@ class Handlers:
         """Take over what the registry says (WorkspaceRegistered and WorkspaceChanged)."""
         newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: fact.rev)
         before = await store.lock(connection, newest)
-        after = {name: _registered(workspace, newest[name]) for name, workspace in before.items()}
+        after: dict[str, Workspace] = {}
+        resumed: dict[str, float] = {}
+        for name, workspace in before.items():
+            after[name], since = _registered(workspace, newest[name], before.now)
+            if since is not None:
+                resumed[name] = since
+        await store.shift_clocks(connection, resumed, before.now)
         await store.save(connection, before, after)
         return lambda: self._tell([], after)
 
@@ -177,9 +183,11 @@ def _hear_beats(before: Mapping[str, Workspace], beats: Sequence[ProxyBeat]) -> 
     return after
 
 
-def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
+def _registered(workspace: Workspace, fact: WorkspaceRegistered, now: float) -> tuple[Workspace, float | None]:
+    """The workspace as the registry has it; with the moment since which it was paused, if it no longer is."""
     if fact.rev <= workspace.registry_rev:
-        return workspace
+        return workspace, None
+    workspace, since = decide.paused(workspace, now, is_paused=fact.paused or fact.desired == "stopped")
     ceiling = fact.settings.get("session_ceiling_s")
     give_up = fact.settings.get("give_up_after_s")
     new_life = fact.incarnation > workspace.incarnation
@@ -192,7 +200,6 @@ def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
         at_most_once=fact.settings.get("delivery") == "at_most_once",
         give_up_after_s=float(give_up) if give_up is not None else 86400.0,
         ceiling_s=float(ceiling) if ceiling is not None else 1800.0,
-        paused=fact.paused or fact.desired == "stopped",
         removed=False,
         incarnation=max(fact.incarnation, workspace.incarnation),
         # What the agent's own beat said of its cadence outlasts what was registered, in whichever order they come.
@@ -200,9 +207,9 @@ def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
         rev=workspace.rev + 1,
     )
     if not new_life:
-        return taken_over
+        return taken_over, since
     # What the last life said of itself is void, and so is that it was busy.
-    return replace(taken_over, beat_rev=0, beat_at=None, beat_active=0, not_before=None, busy_streak=0)
+    return replace(taken_over, beat_rev=0, beat_at=None, beat_active=0, not_before=None, busy_streak=0), since
 
 
 # ── keeping ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,6 +17,8 @@ class Settings(SharedSettings):
     attempts_max: int = Field(default=5, ge=1)
     deaths_max: int = Field(default=3, ge=1)
     """Deliveries that the agent did not survive, after which a message is poison."""
+    starvation_limit_s: float = Field(default=1800.0, ge=0)
+    """What has waited for longer takes every second turn from CRITICAL."""
     sweep_s: float = Field(default=5.0, gt=0)
     """How often workspaces that wait are looked at without a reason, and expired items end."""
     reconcile_s: float = Field(default=30.0, gt=0)

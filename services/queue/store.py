@@ -6,22 +6,25 @@ Every method works in the caller's transaction, so that a whole turn (finish, re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import asyncpg
 
-from services.queue.decide import Finish, Forwards, Item, Place, Requeue, Workspace, rank
+from services.queue import decide
+from services.queue.decide import Finish, Floors, Forwards, Head, Item, Place, Requeue, Workspace
 from shared.database import Connection, load_queries
 from shared.facts import MessageBusy, Priority
 
 SQL = load_queries(Path(__file__).parent / "queries.sql")
 PRIORITIES = {Priority.CRITICAL: 100, Priority.TASK: 50, Priority.INFO: 10}
-PRIORITY_NAMES = {number: name.value for name, number in PRIORITIES.items()}
+PRIORITY_OF = {number: priority for priority, number in PRIORITIES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Ended:
     was: str
     rev: int
     dispatched_at: float
+    priority: Priority
     place: Place | None = None
     """Where it waits again."""
 
@@ -97,14 +101,18 @@ async def save_counters(
         return
     rows = (
         (
-            each.version, each.workspace_id, each.waiting, each.running, each.started_since, each.ended_since,
-            "{" + ",".join(str(moment) for pair in each.recent_ended for moment in pair) + "}",
-            each.not_before, each.busy_streak, each.rev, *each.floor,
+            each.version, each.workspace_id, each.waiting, each.waiting_critical, each.waiting_info, each.running,
+            each.started_since, each.ended_since, _list(moment for pair in each.recent_ended for moment in pair),
+            each.not_before, each.busy_streak, each.rev, *each.floors, each.served_critical, _list(each.turns_s),
         )
         for each in changed
     )  # fmt: skip
     result = await connection.execute(SQL["save_counters"], *_columns(rows))
     assert result == f"UPDATE {len(changed)}", "a row that we hold was not where we locked it"
+
+
+def _list(numbers: Iterable[float]) -> str:
+    return "{" + ",".join(map(str, numbers)) + "}"
 
 
 def _columns_of(workspace: Workspace) -> dict[str, Any]:
@@ -120,7 +128,7 @@ def _columns_of(workspace: Workspace) -> dict[str, Any]:
 
 
 def _workspace(row: asyncpg.Record) -> Workspace:
-    computed = {"forwards", "beat_at", "not_before", "floor"}
+    computed = {"forwards", "beat_at", "not_before", "paused_at", "floors", "turns_s"}
     values = {name: row[name] for name in Workspace.__slots__ if name not in computed}
     return Workspace(
         **{
@@ -128,8 +136,9 @@ def _workspace(row: asyncpg.Record) -> Workspace:
             "beat_at": row["beat_epoch"],
             "not_before": row["not_before_epoch"],
             "recent_ended": tuple(zip(row["recent_ended"][::2], row["recent_ended"][1::2], strict=False)),
-            # Not believed if whoever wrote the row last did not know of it.
-            "floor": tuple(row["floor"]) if row["floor_rev"] == row["rev"] else (0, 0),
+            "paused_at": row["paused_epoch"],
+            "floors": tuple(row["floors"]),
+            "turns_s": tuple(row["turns_s"]),
             "forwards": {name: _forwards(value) for name, value in json.loads(row["forwards"]).items()},
         }
     )
@@ -194,7 +203,7 @@ async def _keyed(connection: Connection, query: str, facts: Sequence[MessageBusy
 
 def place_of(fact: MessageBusy) -> Place:
     """Where the item of this message stands in the line."""
-    return (0 if fact.priority is Priority.CRITICAL else 1, rank(fact.queue_id, fact.fact_id))
+    return (decide.lane(fact.priority), decide.rank(fact.queue_id, fact.fact_id, fact.priority))
 
 
 async def insert(
@@ -208,7 +217,7 @@ async def insert(
             fact.queue_id, fact.workspace_id, fact.caller_id, fact.caller_hash, fact.key_hash, fact.body_hash,
             PRIORITIES[fact.priority], *place_of(fact),
             fact.method, fact.body, fact.reason, fact.context_id, fact.hops,
-            fact.not_before, fact.expires_at, workspaces[fact.workspace_id].give_up_after_s,
+            fact.not_before, fact.expires_at, workspaces[fact.workspace_id].give_up_after_s, fact.retry_of,
         )
         for fact in facts
     )  # fmt: skip
@@ -236,25 +245,129 @@ def _columns(rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
 # ── delivering ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What was claimed in one workspace, in its order, and where its lanes begin now."""
+
+    items: Sequence[Item]
+    floors: Floors
+    served_critical: bool = False
+    starved: int = 0
+    """How many of them went before a CRITICAL that waited."""
+
+
 async def claim(
     connection: Connection,
     spare: Mapping[str, int],
     workspaces: Mapping[str, Workspace],
     owner: str,
     now: datetime | None,
-) -> tuple[list[Item], dict[str, Place]]:
-    """Claim up to `spare` items of each workspace, in order; say too where the line of each begins.
+    *,
+    starvation_limit_s: float,
+) -> dict[str, Claimed]:
+    """Claim up to `spare` items of each workspace, in order. The caller holds the workspaces' locks."""
+    plain = {name: room for name, room in spare.items() if not workspaces[name].waiting_critical}
+    mixed = {name: room for name, room in spare.items() if name not in plain}
+    claimed = await _claim_rest(connection, plain, workspaces, owner, now) if plain else {}
+    if mixed:
+        claimed |= await _claim_mixed(connection, mixed, workspaces, owner, now, starvation_limit_s)
+    return claimed
 
-    The caller holds the workspaces' locks.
-    """
-    if not spare:
-        return [], {}
-    names = sorted(spare)
-    wanted = _columns((name, spare[name], *workspaces[name].floor) for name in names)
+
+async def _claim_rest(
+    connection: Connection,
+    spare: Mapping[str, int],
+    workspaces: Mapping[str, Workspace],
+    owner: str,
+    now: datetime | None,
+) -> dict[str, Claimed]:
+    """One statement, where no CRITICAL waits."""
+    wanted = _columns((name, spare[name], workspaces[name].floors[decide.REST_LANE]) for name in sorted(spare))
     rows = await connection.fetch(SQL["claim_items"], *wanted, owner, now)
-    rows.sort(key=lambda row: (row["workspace_id"], row["lane"], row["rank_ms"], row["queue_id"]))
-    first = {row["workspace_id"]: (row["first_lane"], row["first_rank"]) for row in rows}
-    return [_item(row, workspaces[row["workspace_id"]]) for row in rows], first
+    rows.sort(key=_in_line)
+    return {
+        name: Claimed(
+            [_item(row, workspaces[name]) for row in mine],
+            (workspaces[name].floors[decide.CRITICAL_LANE], mine[0]["first_rank"]),
+        )
+        for name, mine in _by_workspace(rows)
+    }
+
+
+async def _claim_mixed(  # noqa: PLR0917 - as its caller
+    connection: Connection,
+    spare: Mapping[str, int],
+    workspaces: Mapping[str, Workspace],
+    owner: str,
+    now: datetime | None,
+    starvation_limit_s: float,
+) -> dict[str, Claimed]:
+    """Look at the heads of both lanes, decide whose turn it is, claim those."""
+    wanted = _columns(
+        (name, spare[name], lane, workspaces[name].floors[lane])
+        for name in sorted(spare)
+        for lane in (decide.CRITICAL_LANE, decide.REST_LANE)
+    )
+    moment = await clock(connection, now)
+    heads: dict[str, tuple[list[Head], list[Head]]] = {name: ([], []) for name in spare}
+    floors = {name: list(workspaces[name].floors) for name in spare}
+    for row in await connection.fetch(SQL["line_heads"], *wanted, now):
+        name, lane = row["workspace_id"], row["lane"]
+        heads[name][lane].append(Head(row["place"], lane, row["enqueued_epoch"]))
+        floors[name][lane] = row["first_rank"]
+    chosen = {
+        name: decide.turns(
+            *heads[name], room=spare[name], served_critical=workspaces[name].served_critical, now=moment,
+            starvation_limit_s=starvation_limit_s,
+        )
+        for name in spare
+    }  # fmt: skip
+    places = [head.version for mine in chosen.values() for head in mine]
+    rows = await connection.fetch(SQL["claim_places"], places, owner, now)
+    rows.sort(key=_in_line)
+    return {
+        name: Claimed(
+            [_item(row, workspaces[name]) for row in mine],
+            (floors[name][0], floors[name][1]),
+            served_critical=chosen[name][-1].lane == decide.CRITICAL_LANE,
+            starved=_starved(chosen[name], len(heads[name][decide.CRITICAL_LANE])),
+        )
+        for name, mine in _by_workspace(rows)
+    }
+
+
+def _starved(chosen: Sequence[Head], critical: int) -> int:
+    """Turns of the rest that were taken while CRITICAL waited."""
+    passed = 0
+    for head in chosen:
+        if head.lane == decide.CRITICAL_LANE:
+            critical -= 1
+        elif critical > 0:
+            passed += 1
+    return passed
+
+
+def _in_line(row: asyncpg.Record) -> tuple[str, int, int, UUID]:
+    return (row["workspace_id"], row["lane"], row["rank_ms"], row["queue_id"])
+
+
+def _by_workspace(rows: Iterable[asyncpg.Record]) -> Iterator[tuple[str, list[asyncpg.Record]]]:
+    for name, mine in groupby(rows, key=itemgetter("workspace_id")):
+        yield name, list(mine)
+
+
+async def oldest(connection: Connection, lanes: Iterable[tuple[str, int]]) -> dict[tuple[str, int], datetime]:
+    """Since when the first of each of these lanes waits."""
+    wanted = list(lanes)
+    rows = await connection.fetch(SQL["oldest_items"], *_columns(wanted)) if wanted else []
+    return {(row["workspace_id"], row["lane"]): row["enqueued_at"] for row in rows}
+
+
+async def shift_clocks(connection: Connection, resumed: Mapping[str, float], now: float) -> None:
+    """Give what waits in these workspaces the time back that it stood still since these moments."""
+    if resumed:
+        wanted = _columns((name, since, now) for name, since in sorted(resumed.items()))
+        await connection.execute(SQL["shift_clocks"], *wanted)
 
 
 async def running(connection: Connection, workspaces: Iterable[Workspace]) -> list[asyncpg.Record]:
@@ -295,6 +408,8 @@ def _item(row: asyncpg.Record, workspace: Workspace) -> Item:
         at_most_once=workspace.at_most_once,
         ceiling_s=workspace.ceiling_s,
         rev=row["rev"],
+        priority=PRIORITY_OF[row["priority"]],
+        enqueued_at=row["enqueued_epoch"],
     )
 
 
@@ -319,7 +434,12 @@ async def finish(connection: Connection, settled: Sequence[Settled]) -> dict[UUI
     found = await connection.fetch(SQL["finish_items"], *_columns(rows))
     return {
         row["queue_id"]: Ended(
-            row["queue_id"], row["workspace_id"], row["status"], row["rev"], row["dispatched_epoch"] or 0.0
+            row["queue_id"],
+            row["workspace_id"],
+            row["status"],
+            row["rev"],
+            row["dispatched_epoch"] or 0.0,
+            PRIORITY_OF[row["priority"]],
         )
         for row in found
     }
@@ -347,6 +467,7 @@ async def requeue(connection: Connection, settled: Sequence[Settled]) -> dict[UU
             "dispatched",
             0,
             row["dispatched_epoch"],
+            PRIORITY_OF[row["priority"]],
             place=(row["lane"], row["rank_ms"]),
         )
         for row in found

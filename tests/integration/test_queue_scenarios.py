@@ -164,7 +164,7 @@ async def test_a_counter_that_is_wrongly_zero_hides_no_item(front: Door) -> None
         facts = [front.busy(name, str(number)) for number in range(3)]
         for fact in facts:
             await front.keep(fact)
-        forget = "UPDATE workspaces SET waiting = 0, paused = false WHERE workspace_id = $1"
+        forget = "UPDATE workspaces SET waiting = 0, paused = false, paused_at = NULL WHERE workspace_id = $1"
         await front.side.pool.execute(forget, name)
         await front.ended(*(fact.queue_id for fact in facts))
         assert [each.text for each in worker.received] == ["0", "1", "2"]
@@ -297,7 +297,9 @@ async def lose(pool: Pool, name: str, count: int) -> None:
         name,
     )
     await pool.execute(
-        "UPDATE workspaces SET waiting = 0, running = $2, paused = true WHERE workspace_id = $1", name, count
+        "UPDATE workspaces SET waiting = 0, running = $2, paused = true, paused_at = now() WHERE workspace_id = $1",
+        name,
+        count,
     )
 
 
@@ -570,7 +572,7 @@ async def test_no_item_is_without_a_deadline_and_each_ends_visibly_at_it(rows: P
 async def test_a_page_of_items_that_do_not_end_hides_no_later_one(rows: Pool, stack: Stack) -> None:
     """B-08: 600 of a paused workspace, whose clock stands, 500 that Postgres refuses to write, and then one."""
     await fill(rows, "paused", 600)
-    await rows.execute("UPDATE workspaces SET paused = true")
+    await rows.execute("UPDATE workspaces SET paused = true, paused_at = now()")
     await fill(rows, "stuck", 500)
     await rows.execute("UPDATE a2a_queue SET give_up_at = now() - interval '2 days'")
     await fill(rows, "later", 1)
@@ -641,7 +643,9 @@ async def test_work_whose_wake_up_was_lost_is_found_behind_a_page_that_cannot_be
         async with pool.acquire() as connection, connection.transaction():
             for number in range(500):
                 await fill(connection, f"a{number:03}", 1)
-            await connection.execute("UPDATE workspaces SET paused = true WHERE workspace_id LIKE 'a%'")
+            await connection.execute(
+                "UPDATE workspaces SET paused = true, paused_at = now() WHERE workspace_id LIKE 'a%'"
+            )
             fact = front.busy("z", "x")
             await fill(connection, "z", 1)
             await connection.execute(

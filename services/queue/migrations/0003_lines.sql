@@ -23,5 +23,7 @@ UPDATE a2a_queue SET rank_ms = rank_ms + 120000 WHERE priority = 10;
 ALTER TABLE workspaces ADD CHECK (waiting >= waiting_critical + waiting_info),
   ADD CHECK (paused = (paused_at IS NOT NULL));
 
+-- What repeats what. retried_by is all that ever changes of a row that has ended; no index is needed for it, and one on
+-- retry_of would cost every claim two buffers while it is empty.
 ALTER TABLE a2a_queue ADD COLUMN retry_of uuid;
-CREATE UNIQUE INDEX a2a_queue_retried ON a2a_queue (retry_of) WHERE retry_of IS NOT NULL;
+ALTER TABLE a2a_finished ADD COLUMN retry_of uuid, ADD COLUMN retried_by uuid;
