@@ -113,7 +113,8 @@ async def test_twelve_drainers_deliver_each_item_once_in_its_turn_within_capacit
 # ── forms that fail ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 _TAKE = """
-UPDATE a2a_queue SET status = 'dispatched', owner = 'me', delivery_no = delivery_no + 1, dispatched_at = clock_timestamp()
+UPDATE a2a_queue
+SET status = 'dispatched', owner = 'me', delivery_no = delivery_no + 1, dispatched_at = clock_timestamp()
 """
 _FIRST = "SELECT queue_id FROM a2a_queue WHERE workspace_id = {name} AND status = 'queued' ORDER BY rank_ms LIMIT 1"
 _FREE = "NOT EXISTS (SELECT FROM a2a_queue o WHERE o.workspace_id = {name} AND o.status = 'dispatched')"
