@@ -108,7 +108,7 @@ class A2A:
             envelope = parse_call(body)
         except Refused as error:
             return await refuse_call(request, error.refuse, error.request_id)
-        if envelope.verb in (Verb.SEND, Verb.STREAM) and "params.message{" in envelope.spans:
+        if envelope.verb in (Verb.SEND, Verb.STREAM) and envelope.has_message:
             return await self._message(request, head, caller, workspace, envelope)
         return await self._tasks(request, caller, workspace, envelope, head.hops or 0)
 

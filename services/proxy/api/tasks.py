@@ -141,7 +141,7 @@ class Tasks:
         if not workspace.url:
             await rpc_error(NO_AGENT, request_id).send(request.send)
             return "failed"
-        added = {"jsonrpc": "2.0"} if "jsonrpc" not in envelope.spans else {}
+        added = {} if envelope.says_version else {"jsonrpc": "2.0"}
         outgoing = self._addresser.outgoing(request, workspace, envelope.with_values(added), hops=hops, queue_id=None)
         caller_sink = CallerSink(request.send, self._settings.caller_stall_s)
         sink = _Held(caller_sink, may_pass=look is _if_not_yet) if look is not None else None
