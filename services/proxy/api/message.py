@@ -50,6 +50,8 @@ class Message:
     request_id: str
     """As it is echoed."""
     queue_id: UUID
+    queue_word: str
+    """The same, as it is told."""
     key_hash: bytes
     body_hash: bytes
     has_key: bool
@@ -66,14 +68,14 @@ class Message:
 
     @property
     def context_id(self) -> str:
-        return self.envelope.context_id or str(self.queue_id)
+        return self.envelope.context_id or self.queue_word
 
     def about_task(self, agent_task_id: str) -> Message:
         """The same message with the agent's own task id in the place of ours."""
         edits = {"params.message.taskId": agent_task_id}
         if not self.envelope.names_task:
             return self
-        return replace(self, body=_completed(self.envelope, self.queue_id, edits))
+        return replace(self, body=_completed(self.envelope, self.queue_word, edits))
 
 
 def read_message(
@@ -93,6 +95,7 @@ def read_message(
     """
     told = _told_id(request.header(b"x-queue-id"), now)
     queue_id = told or uuid7()
+    queue_word = str(queue_id)
     key = _key(request)
     wishes = envelope.wishes
     priority = _priority(wishes.get("priority") or request.header(b"x-bide-priority"))
@@ -102,10 +105,11 @@ def read_message(
         workspace_id=workspace_id,
         caller=caller,
         envelope=envelope,
-        body=_completed(envelope, queue_id, {}),
-        request_id=envelope.request_id or f'"{queue_id}"',
+        body=_completed(envelope, queue_word, {}),
+        request_id=envelope.request_id or f'"{queue_word}"',
         queue_id=queue_id,
-        key_hash=digest(f"key:{key}" if key else envelope.message_id or str(queue_id)),
+        queue_word=queue_word,
+        key_hash=digest(f"key:{key}" if key else envelope.message_id or queue_word),
         # Without the value of `id`: an SDK's retry numbers its request anew, and it is the same message.
         body_hash=hashlib.sha256(envelope.unnumbered).digest(),
         has_key=key is not None or envelope.message_id is not None,
@@ -121,14 +125,14 @@ def read_message(
     )
 
 
-def _completed(envelope: Envelope, queue_id: UUID, edits: dict[str, Any]) -> bytes:
+def _completed(envelope: Envelope, queue_word: str, edits: dict[str, Any]) -> bytes:
     """The body with what the original callers leave out; every other byte as it came."""
     if not envelope.says_version:
         edits["jsonrpc"] = "2.0"
     if envelope.request_id is None:
-        edits["id"] = str(queue_id)
+        edits["id"] = queue_word
     if envelope.message_id is None:
-        edits["params.message.messageId"] = str(queue_id)
+        edits["params.message.messageId"] = queue_word
     return envelope.with_values(edits)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from uuid import UUID
 
@@ -187,6 +187,10 @@ class _Held:
             held, self._pieces = b"".join(self._pieces), []
             if self._may_pass:
                 await self._open(held, None, more=more)
+
+    async def give(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        await self.start(status, headers, len(body))
+        await self.write(body, more=False)
 
     def cut(self) -> None:
         self._sink.cut()

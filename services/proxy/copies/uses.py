@@ -98,9 +98,9 @@ class Use:
 
     def runs_key(self, key_hash: bytes, now: float) -> bool:
         """Whether a delivery, or a live forward of another proxy, has this key."""
-        if any(delivery.key_hash == key_hash for delivery in self.deliveries):
+        if self.deliveries and any(delivery.key_hash == key_hash for delivery in self.deliveries):
             return True
-        return any(
+        return bool(self.peers) and any(
             forward.key_hash == key_hash
             for peer in self.peers.values()
             if now - peer.at < FORWARDS_FRESH_S
