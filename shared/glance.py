@@ -16,9 +16,10 @@ from shared.results import EXTENSION
 _TOP = frozenset({"jsonrpc", "id", "method", "params"})
 _PARAMS = frozenset({"message", "configuration", "metadata"})
 _MESSAGE = frozenset({"kind", "role", "parts", "messageId", "contextId", "metadata", "extensions"})
-_HIDDEN = re.compile(rb"\\u00[2-7]|" + EXTENSION.encode())
-"""An escape that spells ASCII may hide a key. Without one, each key of ours stands in the bytes as it is written here.
-The extension's values are the walk's: it keeps numbers as they were written."""
+_EXTENSION = EXTENSION.encode()
+"""Its values are the walk's: it keeps numbers as they were written."""
+_ASCII = re.compile(rb"\\u00[2-7]")
+"""An escape that may hide a key. Without one, each key of ours stands in the bytes as it is written here."""
 _ID = re.compile(rb'"id"[ \t\n\r]*:[ \t\n\r]*("[^"\\]*"|-?[0-9]+)(?=[ \t\n\r,}])')
 _BRACKETS_MAX = 400
 """No body with so few is nested too deeply for the walk, which may still have to change it."""
@@ -63,5 +64,6 @@ def _is_plain(body: bytes, message: dict[str, Any]) -> bool:
         and body.count(b'"message"') == 1 + (message.get("kind") == "message")
         and body.count(b'"id"') == 1
         and body.count(b"{") + body.count(b"[") <= _BRACKETS_MAX
-        and not _HIDDEN.search(body)
+        and _EXTENSION not in body
+        and not (b"\\u00" in body and _ASCII.search(body))
     )

@@ -162,7 +162,7 @@ class A2A:
         flights = self._copies.flights
         flight = None
         if message.has_key:
-            flight = flights.begin(key, message.envelope.method, message.body_hash, message.queue_id)
+            flight = flights.begin(key, message.envelope.method, message.body_hash, message.queue_word)
         try:
             if message.wish is Wish.LIMITED and reason is not None:
                 with self._copies.keeps.waiting_for(message.queue_id) as waiter:
@@ -237,7 +237,7 @@ class A2A:
             return await refuse_call(request, LOST, message.request_id)
         assert isinstance(landed, Passed | Kept | Broken | Refuse)
         # Where the keep is unknown, all retries must bring back one id: that under which the broker may have it.
-        joined = replace(message, queue_id=flight.queue_id, queue_word=str(flight.queue_id))
+        joined = replace(message, queue_word=flight.queue_word)
         return await self._endings.answer(request, joined, landed, None)
 
 

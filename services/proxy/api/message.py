@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 from uuid import UUID
 
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from services.proxy.api.answers import Dialect
 from services.proxy.api.identity import Caller, digest
@@ -49,9 +49,8 @@ class Message:
     """As it goes to the agent: with what was missing."""
     request_id: str
     """As it is echoed."""
-    queue_id: UUID
     queue_word: str
-    """The same, as it is told."""
+    """Its id in the queue, as it is told; one that goes straight through needs no other form of it."""
     key_hash: bytes
     body_hash: bytes
     has_key: bool
@@ -65,6 +64,10 @@ class Message:
     wish: Wish
     wait_s: float
     dialect: Dialect
+
+    @property
+    def queue_id(self) -> UUID:
+        return UUID(self.queue_word)
 
     @property
     def context_id(self) -> str:
@@ -94,8 +97,7 @@ def read_message(
         Refused: a value is not what it must be.
     """
     told = _told_id(request.header(b"x-queue-id"), now)
-    queue_id = told or uuid7()
-    queue_word = str(queue_id)
+    queue_word = str(told or uuid7())
     key = _key(request)
     wishes = envelope.wishes
     priority = _priority(wishes.get("priority") or request.header(b"x-bide-priority"))
@@ -107,7 +109,6 @@ def read_message(
         envelope=envelope,
         body=_completed(envelope, queue_word, {}),
         request_id=envelope.request_id or f'"{queue_word}"',
-        queue_id=queue_id,
         queue_word=queue_word,
         key_hash=digest(f"key:{key}" if key else envelope.message_id or queue_word),
         # Without the value of `id`: an SDK's retry numbers its request anew, and it is the same message.

@@ -73,7 +73,7 @@ def render(message: Message, landed: Landed, workspace_id: str) -> Response:
         case Kept():
             return kept(message, landed)
         case Refuse():
-            headers = [(b"x-queue-id", str(message.queue_id).encode())] if landed.code == "keep_unknown" else []
+            headers = [(b"x-queue-id", message.queue_word.encode())] if landed.code == "keep_unknown" else []
             response = rpc_error(landed, message.request_id, {"target": workspace_id})
             response.headers += headers
             return response
