@@ -154,6 +154,11 @@ class Use:
         """Count anew against the beat: at every new beat and backlog, never per forward."""
         if self.beat is None:
             return
+        if not (
+            self.own or self.ended or self.delivered or self.deliveries or self.peers
+        ):  # most agents, at most beats
+            self.started_since = self.ended_since = self.delivering_since = 0
+            return
         at = self.beat.at
         begun = [forward.started_at for forward in self.own.values()]
         begun += [each.started_at for each in self.ended if each.outcome not in _NOT_BEGUN]
