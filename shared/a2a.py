@@ -2,6 +2,7 @@
 
 Only the envelope is read: the top level, `params`, `params.message`. Values inside are skipped by the C scanner of the
 standard library, which tells where they end; so a change (`Envelope.with_values`) replaces the bytes of one value.
+A message as nearly all are is read at a glance (`shared/glance.py`), and walked only where it is changed.
 Both dialects are read: 0.3 (`message/send`) and 1.0 (`SendMessage`), camelCase and snake_case (ProtoJSON).
 """
 
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from enum import Enum
 from json.decoder import JSONDecoder
 from typing import Any
+
+from shared.glance import Glance, glance
+from shared.results import EXTENSION
 
 
 class Verb(Enum):
@@ -71,7 +75,8 @@ class _Value:
 class Envelope:
     """What was read of a request. Names are A2A's in snake_case; None: the caller did not say it."""
 
-    text: str
+    body: bytes
+    """As it came."""
     method: str
     verb: Verb
     request_id: str | None
@@ -79,17 +84,21 @@ class Envelope:
     message_id: str | None
     context_id: str | None
     task_id: str | None
-    message_metadata: Mapping[str, Any]
-    configuration: Mapping[str, Any]
+    has_message: bool
+    """It has a `params.message` that is an object."""
+    says_version: bool
+    """It has a `jsonrpc`."""
+    names_task: bool
+    """It has a `params.message.taskId`."""
+    wishes: Mapping[str, Any]
+    """What the message's metadata hold under our extension. Numbers are text, as they were written."""
+    blocking: bool | None
+    return_immediately: bool | None
     task_ids: frozenset[str]
     """Every id in it that could be a task's, for whoever asks whose they are."""
     expires_in_s: float | None
-    spans: Mapping[str, tuple[int, int]]
-    """Path → where its value stands in `text`; `path{` is the place just behind an object's brace."""
-
-    @property
-    def body(self) -> bytes:
-        return self.text.encode()
+    unnumbered: bytes
+    """The body without the value of its `id`."""
 
     def with_values(self, values: Mapping[str, Any]) -> bytes:
         """The body with the values at these paths (`jsonrpc`, `params.message.messageId`, …) replaced or added.
@@ -97,23 +106,28 @@ class Envelope:
         Raises:
             KeyError: the object that would hold a missing value is not there either.
         """
-        edits = sorted((self._edit(path, value) for path, value in values.items()), key=lambda edit: edit[:2])
+        if not values:
+            return self.body
+        text = self.body.decode()
+        found = dict(_walk(text))
+        edits = sorted((_edit(text, found, path, value) for path, value in values.items()), key=lambda edit: edit[:2])
         out: list[str] = []
         at = 0
         for start, end, new in edits:
-            out += (self.text[at:start], new)
+            out += (text[at:start], new)
             at = end
-        out.append(self.text[at:])
+        out.append(text[at:])
         return "".join(out).encode()
 
-    def _edit(self, path: str, value: Any) -> tuple[int, int, str]:
-        new = json.dumps(value)
-        if path in self.spans:
-            return (*self.spans[path], new)
-        parent, _, key = path.rpartition(".")
-        start, end = self.spans[f"{parent}{{"]
-        comma = "" if self.text[start:end].strip() == "" else ","
-        return start, start, f"{json.dumps(key)}:{new}{comma}"
+
+def _edit(text: str, found: Mapping[str, _Value], path: str, value: Any) -> tuple[int, int, str]:
+    new = json.dumps(value)
+    if path in found:
+        return found[path].start, found[path].end, new
+    parent, _, key = path.rpartition(".")
+    braces = found[f"{parent}{{"]
+    comma = "" if text[braces.start : braces.end].strip() == "" else ","
+    return braces.start, braces.start, f"{json.dumps(key)}:{new}{comma}"
 
 
 _OPENED = ("params", "params.message")
@@ -136,6 +150,60 @@ def parse(body: bytes) -> Envelope:
     Raises:
         EnvelopeError: not UTF-8, not JSON, no object, or no method.
     """
+    seen = glance(body)
+    return walk(body) if seen is None else _usual(body, seen)
+
+
+def _usual(body: bytes, seen: Glance) -> Envelope:
+    """What the walk would have found in a message that was understood at a glance."""
+    message, (start, end) = seen.message, seen.id_span
+    configuration = _mapping(seen.params.get("configuration"))
+    return Envelope(
+        body=body,
+        method=seen.method,
+        verb=_VERBS.get(seen.method, Verb.OTHER),
+        request_id=body[start:end].decode(),
+        message_id=_words(message["messageId"]),
+        context_id=_words(message.get("contextId")),
+        task_id=None,
+        has_message=True,
+        says_version=True,
+        names_task=False,
+        wishes=_NONE,
+        blocking=_flag(configuration.get("blocking")),
+        return_immediately=_at_once(configuration),
+        task_ids=_NO_IDS,
+        expires_in_s=None,
+        unnumbered=body[:start] + body[end:],
+    )
+
+
+def _words(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else _NONE
+
+
+def _at_once(configuration: Mapping[str, Any]) -> bool | None:
+    return _flag(configuration.get("returnImmediately", configuration.get("return_immediately")))
+
+
+_NONE: Mapping[str, Any] = {}
+_NO_IDS: frozenset[str] = frozenset()
+
+
+def walk(body: bytes) -> Envelope:
+    """Read the envelope of any request, key by key: what `parse` finds too, and at a glance where it can.
+
+    Raises:
+        EnvelopeError: as `parse`.
+    """
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
@@ -150,10 +218,10 @@ def parse(body: bytes) -> Envelope:
         raise EnvelopeError(
             INVALID_REQUEST, "The body is no JSON object. Send one JSON-RPC request; A2A has no batches."
         )
-    return _envelope(text, found, every)
+    return _envelope(body, text, found, every)
 
 
-def _envelope(text: str, found: Mapping[str, _Value], every: Iterable[tuple[str, _Value]]) -> Envelope:
+def _envelope(body: bytes, text: str, found: Mapping[str, _Value], every: Iterable[tuple[str, _Value]]) -> Envelope:
     def said(path: str) -> Any:
         return found[path].value if path in found else None
 
@@ -161,28 +229,30 @@ def _envelope(text: str, found: Mapping[str, _Value], every: Iterable[tuple[str,
         value = said(path)
         return value if isinstance(value, str) and text[found[path].start] == '"' else None
 
-    def mapping(path: str) -> Mapping[str, Any]:
-        value = said(path)
-        return value if isinstance(value, dict) else {}
-
-    request_id = text[found["id"].start : found["id"].end] if "id" in found else None
+    start, end = (found["id"].start, found["id"].end) if "id" in found else (0, 0)
+    request_id = text[start:end] if "id" in found else None
     method = words("method")
     if not method:
         sentence = "The request has no method. Name one, for example message/send."
         raise EnvelopeError(INVALID_REQUEST, sentence, request_id=request_id or "null")
+    configuration = _mapping(said("params.configuration"))
     return Envelope(
-        text=text,
+        body=body,
         method=method,
         verb=_VERBS.get(method, Verb.OTHER),
         request_id=request_id,
         message_id=words("params.message.messageId"),
         context_id=words("params.message.contextId"),
         task_id=words("params.message.taskId") or words("params.id"),
-        message_metadata=mapping("params.message.metadata"),
-        configuration=mapping("params.configuration"),
-        task_ids=frozenset() if _NAMES_TASK.isdisjoint(found) else _task_ids(every),
+        has_message="params.message{" in found,
+        says_version="jsonrpc" in found,
+        names_task="params.message.taskId" in found,
+        wishes=_mapping(_mapping(said("params.message.metadata")).get(EXTENSION)),
+        blocking=_flag(configuration.get("blocking")),
+        return_immediately=_at_once(configuration),
+        task_ids=_NO_IDS if _NAMES_TASK.isdisjoint(found) else _task_ids(every),
         expires_in_s=_seconds(said("params.expiresInSeconds")),
-        spans={path: (value.start, value.end) for path, value in found.items()},
+        unnumbered=(text[:start] + text[end:]).encode(),
     )
 
 

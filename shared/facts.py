@@ -103,8 +103,8 @@ class ProxyBeat(Fact):
     """One proxy's live forwards in one workspace. `rev` numbers the beats of this proxy."""
 
     proxy_id: str
-    forwards: Sequence[Running] = ()
-    ended: Sequence[Ended] = ()
+    forwards: tuple[Running, ...] = ()
+    ended: tuple[Ended, ...] = ()
     gate_generation: Count = 0
     """The youngest closing of the gate that this proxy has seen."""
 
@@ -168,7 +168,7 @@ class WorkspaceHeartbeat(Fact):
     progress: float | None = None
     uptime_s: float | None = None
     runtime_state: str | None = None
-    acknowledged: Sequence[UUID] = ()
+    acknowledged: tuple[UUID, ...] = ()
 
 
 class EvidenceKind(StrEnum):
@@ -239,7 +239,7 @@ class Backlog(Part):
     gate_generation: Count = 0
     gate_closed: bool = False
     not_before: AwareDatetime | None = None
-    running: Sequence[Running] = ()
+    running: tuple[Running, ...] = ()
     critical_waiting_since: AwareDatetime | None = None
     waiting_by_priority: dict[Priority, Count] = {}
     oldest_at: AwareDatetime | None = None
@@ -404,7 +404,7 @@ class GateClosed(Fact):
     session_id: str
     incarnation: Count
     generation: Count
-    in_flight: Sequence[Running] = ()
+    in_flight: tuple[Running, ...] = ()
 
 
 class SessionKill(Fact):

@@ -47,7 +47,7 @@ class Fault(StrEnum):
     HUNG_UP = "hung_up"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class Answer:
     """A head came. `body` is None where it did not come whole (`fault` says why) or was a stream."""
 

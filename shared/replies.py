@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
@@ -69,15 +68,13 @@ def classify(what: Answer | NoAnswer, *, now: datetime, streamed: bool = False, 
         or _by_error(what, result)
         or _by_result(what, result, streamed=streamed)
     )
-    return replace(
-        verdict,
-        status=what.status,
-        evidence=verdict.evidence or _life(what.fault),
-        retry_after_s=retry_after_s(what.headers, now),
-        agent_task_id=result.task_id,
-        context_id=result.context_id,
-        task_state=result.state,
-    )
+    verdict.status = what.status
+    verdict.evidence = verdict.evidence or _life(what.fault)
+    verdict.retry_after_s = retry_after_s(what.headers, now)
+    verdict.agent_task_id = result.task_id
+    verdict.context_id = result.context_id
+    verdict.task_state = result.state
+    return verdict
 
 
 def _no_answer(what: NoAnswer) -> Verdict:

@@ -138,7 +138,9 @@ class Ask:
     """The depth would refuse it, but its key or id may stand for an item that has its place: the queue can tell."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(
+    slots=True, kw_only=True
+)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class Head:
     """What is known before the body is read."""
 
@@ -149,7 +151,9 @@ class Head:
     hops_max: int = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(
+    slots=True, kw_only=True
+)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class Share:
     """Who holds what of the messages that wait."""
 
@@ -167,7 +171,7 @@ class Share:
 class Arrival:
     """Everything that the route of one message depends on."""
 
-    head: Head = Head()
+    head: Head = field(default_factory=Head)
     fault: Refuse | None = None
     """What reading the body found: too large, not JSON-RPC, a bad value."""
     priority: Priority = Priority.TASK
@@ -181,7 +185,7 @@ class Arrival:
     limited_wait: bool = False
     to_itself: bool = False
     queue_first: bool = False
-    share: Share = Share()
+    share: Share = field(default_factory=Share)
     backlog: int = 0
     """Messages that wait, also our own keeps that nobody has yet shown as drained."""
     copied_at: float | None = None
@@ -327,20 +331,26 @@ _HELD: Mapping[str | None, Reason] = {
 
 
 def _keep_by_state(arrival: Arrival) -> Keep | None:
-    rows = (
-        (arrival.backlog > 0, Reason.BACKLOG),
-        (arrival.copied_at is None, Reason.NO_COPY),
-        (arrival.paused, Reason.PAUSED),
-        (arrival.status in _HELD, _HELD.get(arrival.status, Reason.OFFLINE)),
-        (arrival.gate_closed, Reason.GATE_CLOSED),
-        (not arrival.has_url, Reason.NO_URL),
-        (arrival.not_before is not None and arrival.not_before > arrival.now, Reason.NOT_BEFORE),
-        (arrival.in_use >= arrival.in_use_max, Reason.AT_CAPACITY),
-    )
-    for is_so, reason in rows:
-        if is_so:
-            return Keep(reason)
-    return None
+    reason = _why_held(arrival)
+    return Keep(reason) if reason is not None else None
+
+
+def _why_held(arrival: Arrival) -> Reason | None:  # noqa: PLR0911 - one for each row of the table, in its order
+    if arrival.backlog > 0:
+        return Reason.BACKLOG
+    if arrival.copied_at is None:
+        return Reason.NO_COPY
+    if arrival.paused:
+        return Reason.PAUSED
+    if arrival.status in _HELD:
+        return _HELD[arrival.status]
+    if arrival.gate_closed:
+        return Reason.GATE_CLOSED
+    if not arrival.has_url:
+        return Reason.NO_URL
+    if arrival.not_before is not None and arrival.not_before > arrival.now:
+        return Reason.NOT_BEFORE
+    return Reason.AT_CAPACITY if arrival.in_use >= arrival.in_use_max else None
 
 
 def is_stale(copied_at: float | None, now: float, copy_stale_s: float) -> bool:

@@ -36,11 +36,14 @@ class Sink(Protocol):
 
     async def start(self, status: int, headers: Headers, length: int | None) -> None: ...
     async def write(self, chunk: bytes, *, more: bool) -> None: ...
+    async def give(self, status: int, headers: Headers, body: bytes) -> None:
+        """All of it at once."""
+
     def cut(self) -> None:
         """End the connection instead of the answer, so that what is missing is not taken for the end."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class Outgoing:
     """What goes to the agent."""
 
@@ -51,7 +54,7 @@ class Outgoing:
     last_life: Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each message, and freezing makes that three times as dear
 class Passed:
     """The caller has the agent's answer; `recorded` is it, unless it is too large for those who joined."""
 
@@ -122,8 +125,7 @@ async def _answer(exchange: Exchange, sink: Sink, task_known: TaskKnown | None, 
     if verdict.outcome not in (Outcome.DELIVERED, Outcome.ACCEPTED):
         headers = [*headers, (b"x-bide-outcome", verdict.outcome.value.encode())]
     _tell(task_known, verdict)
-    await sink.start(exchange.status, headers, len(body))
-    await sink.write(body, more=False)
+    await sink.give(exchange.status, headers, body)
     return Passed(verdict, exchange.status, headers, body)
 
 
@@ -191,7 +193,8 @@ def _says_something(body: bytes, verdict: Verdict) -> bool:
 
 
 def _end_to_end(exchange: Exchange) -> Headers:
-    named = {name.strip().lower().encode() for name in exchange.headers.get("connection", "").split(",")}
+    connection = exchange.headers.get("connection")
+    named = {name.strip().lower().encode() for name in connection.split(",")} if connection else ()
     return [pair for pair in exchange.raw_headers if pair[0] not in _HOP_BY_HOP and pair[0] not in named]
 
 

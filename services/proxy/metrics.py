@@ -38,12 +38,10 @@ HEARTBEATS = Counter("bide_proxy_heartbeats_total", "Heartbeats taken")
 TOKEN_LOOKUPS = Counter("bide_proxy_token_lookups_total", "Tokens that this replica's copy did not know", ["found"])
 INCARNATIONS = Counter("bide_proxy_incarnations_total", "New lives of agents, by how they were noticed", ["by"])
 
-for _route in ROUTES:
-    SECONDS.labels(_route)
-    for _outcome in OUTCOMES:
-        REQUESTS.labels(_route, _outcome)
-for _class in Outcome:
-    FORWARDS.labels(_class.value)
+# Bound once: looking a label up costs more than counting.
+TAKEN = {_route: SECONDS.labels(_route) for _route in ROUTES}
+ANSWERED = {_route: {_outcome: REQUESTS.labels(_route, _outcome) for _outcome in OUTCOMES} for _route in ROUTES}
+FORWARDED = {_class: FORWARDS.labels(_class.value) for _class in Outcome}
 for _reason in Reason:
     KEEPS.labels(_reason.value)
 for _code in REFUSALS:

@@ -456,7 +456,7 @@ def test_a_beat_names_what_runs_and_what_ended_lately_under_growing_numbers() ->
 async def test_the_same_message_joins_and_another_body_does_not() -> None:
     flights = Flights()
     key = ("w", CALLER, b"k")
-    flight = flights.begin(key, "message/send", b"body", uuid7())
+    flight = flights.begin(key, "message/send", b"body", "a queue id")
     assert flights.look(key, "message/send", b"body") is InFlight.SAME
     assert flights.look(key, "message/send", b"other") is InFlight.OTHER_BODY
     assert flights.look(("w", OTHER, b"k"), "message/send", b"body") is InFlight.NO, "A-Q-02: keys are a caller's own"

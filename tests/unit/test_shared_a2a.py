@@ -21,8 +21,8 @@ def test_the_envelope_of_a_send_is_read() -> None:
     envelope = parse(SEND)
     assert (envelope.verb, envelope.message_id, envelope.context_id) == (Verb.SEND, "m-1", "c-1")
     assert envelope.request_id == "12345678901234567890"
-    assert envelope.configuration == {"blocking": False}
-    assert envelope.message_metadata["urn:bide:queue:1"] == {"priority": "INFO"}
+    assert envelope.blocking is False
+    assert envelope.wishes == {"priority": "INFO"}
     assert envelope.expires_in_s == 30
 
 

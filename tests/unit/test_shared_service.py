@@ -145,9 +145,32 @@ def test_a_log_line_is_json_with_service_replica_and_the_bound_facts(capsys: pyt
     structlog.contextvars.bind_contextvars(fact="SessionStop")
     log.info("batch_stored", facts=3)
     structlog.contextvars.clear_contextvars()
-    line = json.loads(capsys.readouterr().err)
+    said = capsys.readouterr().err
+    line = json.loads(said)
+    assert said == json.dumps(line) + "\n"
     assert line.pop("timestamp").endswith("Z")
     assert line == {
         "event": "batch_stored", "level": "info", "service": "queue", "replica": "r1", "fact": "SessionStop",
         "facts": 3,
     }  # fmt: skip
+
+
+@pytest.mark.usefixtures("own_logging")
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("é\n", "é\n"), ("\ud800", "\ud800"), (1 << 70, 1 << 70), ({"a": {"b": [1]}}, {"a": {"b": [1]}}), (1j, "1j"),
+    ],
+)  # fmt: skip
+def test_whatever_a_fact_is_its_line_is_one_line_of_json(
+    value: object, read: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = SharedSettings(
+        database_url=SecretStr("postgresql://h/d"), amqp_url=SecretStr("amqp://h/"), replica_id="r1"
+    )
+    start_logging("queue", settings)
+    log.info("said", value=value)
+    logging.getLogger("a.library").warning("said too")
+    ours, theirs = capsys.readouterr().err.splitlines()
+    assert json.loads(ours)["value"] == read
+    assert json.loads(theirs)["event"] == "said too"

@@ -41,7 +41,7 @@ from services.proxy.decide import (
     route,
 )
 from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, forward
-from services.proxy.metrics import ATTACHED, FORWARDS, FORWARDS_RUNNING, STALE_COPY
+from services.proxy.metrics import ATTACHED, FORWARDED, FORWARDS_RUNNING, STALE_COPY
 from services.proxy.settings import Settings
 from shared.a2a import Envelope, Verb
 from shared.agents import Agents
@@ -108,7 +108,7 @@ class A2A:
             envelope = parse_call(body)
         except Refused as error:
             return await refuse_call(request, error.refuse, error.request_id)
-        if envelope.verb in (Verb.SEND, Verb.STREAM) and "params.message{" in envelope.spans:
+        if envelope.verb in (Verb.SEND, Verb.STREAM) and envelope.has_message:
             return await self._message(request, head, caller, workspace, envelope)
         return await self._tasks(request, caller, workspace, envelope, head.hops or 0)
 
@@ -150,7 +150,8 @@ class A2A:
             case Keep(reason):
                 return await self._begin(request, message, workspace, reason)
             case Forward(stale_copy):
-                STALE_COPY.inc(stale_copy)
+                if stale_copy:
+                    STALE_COPY.inc()
                 return await self._begin(request, message, workspace, None)
 
     async def _begin(
@@ -161,7 +162,7 @@ class A2A:
         flights = self._copies.flights
         flight = None
         if message.has_key:
-            flight = flights.begin(key, message.envelope.method, message.body_hash, message.queue_id)
+            flight = flights.begin(key, message.envelope.method, message.body_hash, message.queue_word)
         try:
             if message.wish is Wish.LIMITED and reason is not None:
                 with self._copies.keeps.waiting_for(message.queue_id) as waiter:
@@ -195,9 +196,9 @@ class A2A:
                 return ending
 
     async def _forward(self, request: Request, message: Message, workspace: Workspace) -> Ending:
-        live = LiveForward(message.workspace_id, str(message.queue_id), message.key_hash, time.time())
+        live = LiveForward(message.workspace_id, message.queue_word, message.key_hash, time.time())
         outgoing = self._addresser.outgoing(
-            request, workspace, message.body, hops=message.hops, queue_id=message.queue_id
+            request, workspace, message.body, hops=message.hops, queue_id=message.queue_word
         )
         sink = CallerSink(request.send, self._settings.caller_stall_s)
         counted = "unknown"
@@ -211,7 +212,7 @@ class A2A:
             FORWARDS_RUNNING.dec()
             self._copies.uses.end(live, counted, time.time())
             self._changed(message.workspace_id)
-        FORWARDS.labels(ending.verdict.outcome.value).inc()
+        FORWARDED[ending.verdict.outcome].inc()
         return ending
 
     def _owner(self, message: Message) -> TaskKnown | None:
@@ -236,7 +237,7 @@ class A2A:
             return await refuse_call(request, LOST, message.request_id)
         assert isinstance(landed, Passed | Kept | Broken | Refuse)
         # Where the keep is unknown, all retries must bring back one id: that under which the broker may have it.
-        joined = replace(message, queue_id=flight.queue_id)
+        joined = replace(message, queue_word=flight.queue_word)
         return await self._endings.answer(request, joined, landed, None)
 
 
@@ -258,7 +259,7 @@ def _log(message: Message, verdict: Verdict, landed: Landed | None, *, became: s
         "message_routed",
         workspace_id=message.workspace_id,
         caller_id=message.caller.caller_id,
-        queue_id=str(message.queue_id),
+        queue_id=message.queue_word,
         method=message.envelope.method,
         verdict=type(verdict).__name__.lower(),
         became=became,

@@ -21,7 +21,7 @@ from services.proxy.api.registry import Registrar
 from services.proxy.api.wire import Refused, Request, Response, problem, rpc_error
 from services.proxy.api.workspaces import Workspaces
 from services.proxy.decide import Refuse
-from services.proxy.metrics import REQUESTS, SECONDS
+from services.proxy.metrics import ANSWERED, TAKEN
 from shared.database import Trouble, classify
 from shared.http import App, Receive, Scope, Send, health_app
 from shared.telemetry import Health, log
@@ -138,8 +138,8 @@ class Door:
             name, word = "heartbeat", await self._plain(request, self._api.registrar.heartbeat, {})
         else:
             name, word = await self._look_up(request)
-        REQUESTS.labels(name, word).inc()
-        SECONDS.labels(name).observe(time.perf_counter() - started)
+        ANSWERED[name][word].inc()
+        TAKEN[name].observe(time.perf_counter() - started)
 
     async def _a2a(self, request: Request, workspace_id: str) -> str:
         refuse = self._closed()

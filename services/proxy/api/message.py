@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 from uuid import UUID
 
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from services.proxy.api.answers import Dialect
 from services.proxy.api.identity import Caller, digest
@@ -20,7 +20,6 @@ from services.proxy.api.wire import Refused, Request, own_id
 from services.proxy.decide import Refuse
 from shared.a2a import INVALID_PARAMS, INVALID_REQUEST, Envelope, Verb
 from shared.facts import Priority
-from shared.results import EXTENSION
 
 INFO_TTL_S = 300.0
 _KEY_MAX = 1024
@@ -50,7 +49,8 @@ class Message:
     """As it goes to the agent: with what was missing."""
     request_id: str
     """As it is echoed."""
-    queue_id: UUID
+    queue_word: str
+    """Its id in the queue, as it is told; one that goes straight through needs no other form of it."""
     key_hash: bytes
     body_hash: bytes
     has_key: bool
@@ -66,15 +66,19 @@ class Message:
     dialect: Dialect
 
     @property
+    def queue_id(self) -> UUID:
+        return UUID(self.queue_word)
+
+    @property
     def context_id(self) -> str:
-        return self.envelope.context_id or str(self.queue_id)
+        return self.envelope.context_id or self.queue_word
 
     def about_task(self, agent_task_id: str) -> Message:
         """The same message with the agent's own task id in the place of ours."""
         edits = {"params.message.taskId": agent_task_id}
-        if "params.message.taskId" not in self.envelope.spans:
+        if not self.envelope.names_task:
             return self
-        return replace(self, body=_completed(self.envelope, self.queue_id, edits))
+        return replace(self, body=_completed(self.envelope, self.queue_word, edits))
 
 
 def read_message(
@@ -93,25 +97,22 @@ def read_message(
         Refused: a value is not what it must be.
     """
     told = _told_id(request.header(b"x-queue-id"), now)
-    queue_id = told or uuid7()
+    queue_word = str(told or uuid7())
     key = _key(request)
-    ours = envelope.message_metadata.get(EXTENSION)
-    wishes: Mapping[str, Any] = ours if isinstance(ours, dict) else {}
+    wishes = envelope.wishes
     priority = _priority(wishes.get("priority") or request.header(b"x-bide-priority"))
     wish, wait_s = _wish(request, envelope)
     version = request.header(b"a2a-version") or ""
-    start, end = envelope.spans.get("id", (0, 0))
-    unsent = envelope.text[:start] + envelope.text[end:]
     return Message(
         workspace_id=workspace_id,
         caller=caller,
         envelope=envelope,
-        body=_completed(envelope, queue_id, {}),
-        request_id=envelope.request_id or f'"{queue_id}"',
-        queue_id=queue_id,
-        key_hash=digest(f"key:{key}" if key else envelope.message_id or str(queue_id)),
+        body=_completed(envelope, queue_word, {}),
+        request_id=envelope.request_id or f'"{queue_word}"',
+        queue_word=queue_word,
+        key_hash=digest(f"key:{key}" if key else envelope.message_id or queue_word),
         # Without the value of `id`: an SDK's retry numbers its request anew, and it is the same message.
-        body_hash=hashlib.sha256(unsent.encode()).digest(),
+        body_hash=hashlib.sha256(envelope.unnumbered).digest(),
         has_key=key is not None or envelope.message_id is not None,
         explicit_key=key is not None,
         repeated=told is not None,
@@ -125,15 +126,15 @@ def read_message(
     )
 
 
-def _completed(envelope: Envelope, queue_id: UUID, edits: dict[str, Any]) -> bytes:
+def _completed(envelope: Envelope, queue_word: str, edits: dict[str, Any]) -> bytes:
     """The body with what the original callers leave out; every other byte as it came."""
-    if "jsonrpc" not in envelope.spans:
+    if not envelope.says_version:
         edits["jsonrpc"] = "2.0"
     if envelope.request_id is None:
-        edits["id"] = str(queue_id)
+        edits["id"] = queue_word
     if envelope.message_id is None:
-        edits["params.message.messageId"] = str(queue_id)
-    return envelope.with_values(edits) if edits else envelope.body
+        edits["params.message.messageId"] = queue_word
+    return envelope.with_values(edits)
 
 
 def _bad(sentence: str, code: int = INVALID_PARAMS) -> Refused:
@@ -218,13 +219,10 @@ def _wish(request: Request, envelope: Envelope) -> tuple[Wish, float]:
     timeout = limit[1] if limit else request.header(b"x-timeout")
     if timeout is not None:
         return Wish.LIMITED, _seconds(timeout, "The wait")
-    configuration = envelope.configuration
-    blocking = configuration.get("blocking")
-    at_once = configuration.get("returnImmediately", configuration.get("return_immediately"))
-    if "respond-async" in prefer.lower() or blocking is False or at_once is True:
+    if "respond-async" in prefer.lower() or envelope.blocking is False or envelope.return_immediately:
         return Wish.AT_ONCE, 0.0
     modern = (request.header(b"a2a-version") or "").startswith("1")
-    return (Wish.BLOCKING if modern or blocking is True else Wish.AT_ONCE), 0.0
+    return (Wish.BLOCKING if modern or envelope.blocking else Wish.AT_ONCE), 0.0
 
 
 def now_utc() -> datetime:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 from functools import lru_cache
-from uuid import UUID
 
 from services.proxy.api.wire import Request
 from services.proxy.copies import Copies
@@ -38,15 +37,16 @@ class Addresser:
         self._copies = copies
 
     def outgoing(
-        self, request: Request, workspace: Workspace, body: bytes, *, hops: int, queue_id: UUID | None
+        self, request: Request, workspace: Workspace, body: bytes, *, hops: int, queue_id: str | None
     ) -> Outgoing:
         """A request to the workspace's agent. `queue_id` is what it dedupes a message by; None: it is no message."""
         headers = [(b"content-type", request.headers.get(b"content-type", b"application/json"))]
-        headers += [(name, request.headers[name]) for name in _PASSED_ON if name in request.headers]
+        said = request.headers
+        headers += [(name, said[name]) for name in _PASSED_ON if name in said]
         if queue_id is not None:
-            told = str(queue_id).encode()
+            told = queue_id.encode()
             headers += [(b"x-queue-id", told), (b"x-bide-delivery", b"0"), (b"x-bide-session", told)]
-        headers.append((b"x-bide-hops", str(hops + 1).encode()))
+        headers.append((b"x-bide-hops", b"%d" % (hops + 1)))
         authorization = self._authorization(workspace)
         if authorization is not None:
             headers.append((b"authorization", authorization.encode()))

@@ -28,6 +28,7 @@ from shared.facts import WorkspaceHeartbeat
 from shared.telemetry import log
 
 HEARTBEAT_BYTES_MAX = 1 << 16
+_NO_DIRECTIVES = b'{"status": "ok", "directives": []}'
 _TOKEN_BYTES = 32
 
 Told = Callable[[], None]
@@ -107,7 +108,8 @@ class Registrar:
         use.hear_heartbeat(fact)
         self._publisher.post(fact)
         HEARTBEATS.inc()
-        return answer(200, {"status": "ok", "directives": self._directives(workspace)})
+        directives = self._directives(workspace)
+        return answer(200, {"status": "ok", "directives": directives}) if directives else Response(200, _NO_DIRECTIVES)
 
     async def update_card(self, request: Request) -> Response:
         caller = await self._identity.require(request)

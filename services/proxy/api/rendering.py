@@ -40,21 +40,29 @@ class CallerSink:
         self._gone = False
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]], length: int | None) -> None:
-        pairs = [*headers, (b"content-length", str(length).encode())] if length is not None else list(headers)
+        pairs = [*headers, (b"content-length", b"%d" % length)] if length is not None else list(headers)
         await self._out({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def write(self, chunk: bytes, *, more: bool) -> None:
         await self._out({"type": "http.response.body", "body": chunk, "more_body": more})
 
+    async def give(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        pairs = [*headers, (b"content-length", b"%d" % len(body))]
+        await self._out(
+            {"type": "http.response.start", "status": status, "headers": pairs},
+            {"type": "http.response.body", "body": body},
+        )
+
     def cut(self) -> None:
         self._gone = True
 
-    async def _out(self, message: dict[str, object]) -> None:
+    async def _out(self, *messages: dict[str, object]) -> None:
         if self._gone:
             return
         try:
             async with asyncio.timeout(self._stall_s):
-                await self._send(message)
+                for message in messages:
+                    await self._send(message)
         except (TimeoutError, OSError):
             self._gone = True
 
@@ -65,7 +73,7 @@ def render(message: Message, landed: Landed, workspace_id: str) -> Response:
         case Kept():
             return kept(message, landed)
         case Refuse():
-            headers = [(b"x-queue-id", str(message.queue_id).encode())] if landed.code == "keep_unknown" else []
+            headers = [(b"x-queue-id", message.queue_word.encode())] if landed.code == "keep_unknown" else []
             response = rpc_error(landed, message.request_id, {"target": workspace_id})
             response.headers += headers
             return response

@@ -57,7 +57,7 @@ class Situation:
             status=status.status if status else None,
             gate_closed=view.gate_closed,
             has_url=bool(workspace.url),
-            not_before=max(filter(None, (view.not_before, own_not_before)), default=None),
+            not_before=_later(view.not_before, own_not_before),
             in_use=use.in_use(now, copy_is_stale=copy_is_stale),
             in_use_max=use.max_concurrent or workspace.max_concurrent,
             now=now,
@@ -80,3 +80,7 @@ class Situation:
     def _depth_max(self, workspace: Workspace) -> int:
         said = workspace.settings.get("queue_depth_max")
         return int(said) if said is not None else self._settings.queue_depth_max
+
+
+def _later(one: float | None, other: float | None) -> float | None:
+    return max(one, other) if one is not None and other is not None else one or other

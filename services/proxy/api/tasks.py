@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from uuid import UUID
 
@@ -141,7 +141,7 @@ class Tasks:
         if not workspace.url:
             await rpc_error(NO_AGENT, request_id).send(request.send)
             return "failed"
-        added = {"jsonrpc": "2.0"} if "jsonrpc" not in envelope.spans else {}
+        added = {} if envelope.says_version else {"jsonrpc": "2.0"}
         outgoing = self._addresser.outgoing(request, workspace, envelope.with_values(added), hops=hops, queue_id=None)
         caller_sink = CallerSink(request.send, self._settings.caller_stall_s)
         sink = _Held(caller_sink, may_pass=look is _if_not_yet) if look is not None else None
@@ -187,6 +187,10 @@ class _Held:
             held, self._pieces = b"".join(self._pieces), []
             if self._may_pass:
                 await self._open(held, None, more=more)
+
+    async def give(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
+        await self.start(status, headers, len(body))
+        await self.write(body, more=False)
 
     def cut(self) -> None:
         self._sink.cut()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from uuid import UUID
 
 from services.proxy.decide import InFlight
 
@@ -21,7 +20,7 @@ class Flight:
 
     method: str
     body_hash: bytes
-    queue_id: UUID
+    queue_word: str
     """What it is kept under, if it is: whoever joined it is told this id and none of his own."""
     landed: asyncio.Future[object]
     """What became of it, for those who joined; `api` knows the kinds."""
@@ -44,8 +43,8 @@ class Flights:
     def find(self, key: FlightKey) -> Flight | None:
         return self._flights.get(key)
 
-    def begin(self, key: FlightKey, method: str, body_hash: bytes, queue_id: UUID) -> Flight:
-        flight = Flight(method, body_hash, queue_id, asyncio.get_running_loop().create_future())
+    def begin(self, key: FlightKey, method: str, body_hash: bytes, queue_word: str) -> Flight:
+        flight = Flight(method, body_hash, queue_word, asyncio.get_running_loop().create_future())
         self._flights[key] = flight
         return flight
 

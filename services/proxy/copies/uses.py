@@ -98,9 +98,9 @@ class Use:
 
     def runs_key(self, key_hash: bytes, now: float) -> bool:
         """Whether a delivery, or a live forward of another proxy, has this key."""
-        if any(delivery.key_hash == key_hash for delivery in self.deliveries):
+        if self.deliveries and any(delivery.key_hash == key_hash for delivery in self.deliveries):
             return True
-        return any(
+        return bool(self.peers) and any(
             forward.key_hash == key_hash
             for peer in self.peers.values()
             if now - peer.at < FORWARDS_FRESH_S
@@ -153,6 +153,11 @@ class Use:
     def recount(self) -> None:
         """Count anew against the beat: at every new beat and backlog, never per forward."""
         if self.beat is None:
+            return
+        if not (
+            self.own or self.ended or self.delivered or self.deliveries or self.peers
+        ):  # most agents, at most beats
+            self.started_since = self.ended_since = self.delivering_since = 0
             return
         at = self.beat.at
         begun = [forward.started_at for forward in self.own.values()]
