@@ -16,7 +16,7 @@ from shared.database import Connection
 from shared.facts import BacklogSnapshot, ItemKept, MessageBusy, QueryAnswered, QueueQuery, WorkspaceBacklog
 from tests.conftest import Stack, until
 from tests.integration.conftest import Replica, replica
-from tests.integration.proxy_kit import Proxy
+from tests.integration.proxy_kit import Proxy, nothing_left
 
 Said = tuple[int, Mapping[str, Any]]
 UNKNOWN: Said = (404, {"code": "unknown_item", "detail": "There is no such item, or it is not yours."})
@@ -95,7 +95,7 @@ class StandIn:
 async def stand_in(stack: Stack) -> AsyncIterator[StandIn]:
     """Reads from empty queues, and leaves them empty for whoever comes next."""
     await _purge(stack)
-    async with replica(stack, "queue") as side:
+    async with nothing_left(), replica(stack, "queue") as side:
         there = StandIn(side)
         await there.start()
         yield there

@@ -248,13 +248,14 @@ async def test_a_workspace_shows_its_line(ring: Ring) -> None:
 
 
 async def test_what_was_set_aside_is_listed_and_published_again(ring: Ring) -> None:
-    ring.queue.says["dead_letters"] = lambda _: (200, {"items": [{"dead_letter": LETTER}], "next_cursor": "c2"})
-    ring.queue.says["replay"] = lambda _: (200, {"dead_letter": LETTER, "replayed": True})
+    page = {"dead_letters": [{"digest": LETTER}], "next_cursor": "c2"}
+    ring.queue.says["dead_letters"] = lambda _: (200, page)
+    ring.queue.says["replay"] = lambda _: (200, {"digest": LETTER, "facts": 1})
     listed = await ring.front.call("GET", "/dead-letters?limit=1&cursor=c1", token=ring.tokens["ops"])
-    assert listed.json() == {"items": [{"dead_letter": LETTER}], "next_cursor": "c2"}
+    assert listed.json() == page
     assert (ring.queue.asked[-1].limit, ring.queue.asked[-1].cursor) == (1, "c1")
     reply = await ring.post(f"/dead-letters/{LETTER.upper()}/replay", {"note": "mended"})
-    assert (reply.status, reply.json()["replayed"]) == (200, True)
+    assert (reply.status, reply.json()["facts"]) == (200, 1)
     assert ring.queue.asked[-1].dead_letter == bytes.fromhex(LETTER)
     assert await ring.recorded() == [("ops", "replay", FLEET, {"dead_letter": LETTER, "note": "mended"})]
 
@@ -266,6 +267,9 @@ async def test_dead_letters_are_for_operators_and_known_by_their_digest(ring: Ri
         reply = await ring.post(f"/dead-letters/{letter}/replay")
         assert (reply.status, reply.json()["code"]) == (404, "dead_letter_unknown")
     assert ring.queue.asked == []
+    ring.queue.says["replay"] = lambda _: (404, {"code": "none", "detail": "There is none."})
+    reply = await ring.post(f"/dead-letters/{LETTER}/replay")
+    assert (reply.status, reply.json()["code"]) == (404, "dead_letter_unknown")
 
 
 async def test_a_verb_that_nobody_answers_may_have_been_done_and_is_in_the_record(stack: Stack) -> None:

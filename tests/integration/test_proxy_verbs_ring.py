@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aio_pika
 import pytest
 
 from bide_agent.agent import Agent
@@ -161,3 +162,22 @@ async def test_a_line_that_was_drained_for_a_while_says_how_long_a_turn_takes(ri
         full = [reply for reply in replies if reply.status == 429]
         assert len(full) == 5
         assert {reply.headers["retry-after"] for reply in full} == {"1"}, "and not the 30 s of a guess"
+
+
+async def test_what_was_set_aside_is_shown_and_what_nobody_can_read_stays(ring: Proxy, stack: Stack) -> None:
+    async with await aio_pika.connect(stack.amqp_url) as connection:
+        channel = await connection.channel()
+        await channel.default_exchange.publish(aio_pika.Message(b"no batch at all"), "queue.message.busy")
+    letter: dict[str, Any] = {}
+
+    async def is_listed() -> bool:
+        listed = (await ring.call("GET", "/dead-letters?limit=5")).json()["dead_letters"]
+        letter.update(listed[0] if listed else {})
+        return bool(letter)
+
+    await until(is_listed, 15)
+    assert letter["error"]
+    assert letter["replayed_at"] is None
+    refused = await ring.call("POST", f"/dead-letters/{letter['digest']}/replay", {"note": "let us see"})
+    assert (refused.status, refused.headers["content-type"]) == (409, "application/problem+json")
+    assert refused.json()["detail"]

@@ -94,7 +94,7 @@ class Verbs:
         detail = {"dead_letter": letter.lower(), "note": noted(await self._body(request))}
         await self._record(caller, "replay", FLEET, detail)
         found = await self._questions.ask("replay", caller_hash=None, dead_letter=bytes.fromhex(letter))
-        return passed(found or AWAY)
+        return passed(_NO_LETTER if found is not None and found.status == 404 else found or AWAY)  # noqa: PLR2004
 
     async def _one(self, request: Request, caller: Caller, verb: Verb, queue_id: UUID) -> Response:
         """Do something to one item, if it is there and the caller may see it."""
