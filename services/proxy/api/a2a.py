@@ -99,7 +99,7 @@ class A2A:
         standing, caller = await self._identity.tell(request)
         # Nobody unknown makes us ask Postgres.
         workspace = (await self._finding.find(workspace_id)) if caller else self._copies.registry.find(workspace_id)
-        head = self._situation.head(request, workspace, standing)
+        head = self._situation.head(request, workspace, standing, caller)
         refuse = admit(head)
         if refuse is not None or caller is None or workspace is None:
             return await refuse_call(request, refuse or LOST, "null")
@@ -127,13 +127,16 @@ class A2A:
             verdict = route(Arrival(head=head, fault=error.refuse))
             assert isinstance(verdict, Refuse), "a fault is refused"
             return await refuse_call(request, verdict, request_id)
-        verdict = route(self._situation.arrival(head, message, workspace))
+        arrival = self._situation.arrival(head, message, workspace)
+        verdict = route(arrival)
         if isinstance(verdict, Ask):
             known = await self._questions.knows(message)
             # Much may have happened meanwhile: it is looked at anew, and from here on nothing is awaited.
             arrival = self._situation.arrival(head, message, workspace)
-            verdict = route(replace(arrival, known=known or bool(arrival.known)))
+            arrival.known = known or bool(arrival.known)
+            verdict = route(arrival)
             assert not isinstance(verdict, Ask), "it is asked once"
+        self._situation.count(message, arrival, verdict)
         word, landed = await self._follow(verdict, request, message, workspace)
         _log(message, verdict, landed, became=word, took_s=time.perf_counter() - started)
         return word
