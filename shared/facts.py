@@ -127,6 +127,8 @@ class MessageBusy(Fact):
     not_before: AwareDatetime | None = None
     expires_at: AwareDatetime | None = None
     hops: Count = 0
+    id_is_new: bool = False
+    """The proxy made the id for this very message: it need not be looked for."""
     retry_of: UUID | None = None
     """The item that ended badly and that this one repeats."""
     beat: ProxyBeat | None = None

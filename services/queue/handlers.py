@@ -244,7 +244,8 @@ async def keep(
     connection: Connection, facts: Sequence[MessageBusy], workspaces: Mapping[str, Workspace], keep_s: float
 ) -> Kept:
     """Insert what is new; find the item of what is not. No id stands twice; the caller holds the workspaces' locks."""
-    same_id = await store.find_ids(connection, [fact.queue_id for fact in facts])
+    asked = [fact.queue_id for fact in facts if not fact.id_is_new]
+    same_id = await store.find_ids(connection, asked) if asked else {}
     known: dict[UUID, Known] = {fact.queue_id: same_id[fact.queue_id] for fact in facts if fact.queue_id in same_id}
     explicit = [fact for fact in facts if fact.explicit_key and fact.queue_id not in known]
     held = await store.reserve_keys(connection, explicit, keep_s)
