@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aio_pika
+import asyncpg
 import pytest
 
 from bide_agent.agent import Agent
@@ -55,6 +56,16 @@ async def line(front: Proxy, name: str, query: str = "") -> list[str]:
     listed = await front.call("GET", f"/workspaces/{name}/queue{query}")
     assert listed.status == 200, listed.body
     return [each["queue_id"] for each in listed.json()["items"]]
+
+
+async def pause(front: Proxy, admin: asyncpg.Connection[asyncpg.Record], name: str, **body: str) -> None:
+    """Pause, and wait until the queue knows: before that it may still deliver."""
+    assert (await front.call("POST", f"/workspaces/{name}/pause", body)).status == 200
+
+    async def is_known() -> bool:
+        return bool(await admin.fetchval("SELECT paused FROM queue.workspaces WHERE workspace_id = $1", name))
+
+    await until(is_known, 15)
 
 
 async def seat(front: Proxy, worker: Agent, name: str) -> None:
@@ -128,11 +139,13 @@ async def test_what_is_stale_is_dropped_and_the_rest_delivered(ring: Proxy) -> N
         assert [each.text for each in worker.received] == ["critical", "task", "info"]
 
 
-async def test_a_paused_workspace_keeps_and_goes_on_where_it_was(ring: Proxy) -> None:
+async def test_a_paused_workspace_keeps_and_goes_on_where_it_was(
+    ring: Proxy, admin: asyncpg.Connection[asyncpg.Record]
+) -> None:
     name = fresh()
     async with agent(name) as worker:
         await seat(ring, worker, name)
-        assert (await ring.call("POST", f"/workspaces/{name}/pause", {"note": "moving house"})).status == 200
+        await pause(ring, admin, name, note="moving house")
         ids = [await kept(ring, name, text) for text in "12"]
         shown = (await ring.call("GET", f"/queue/{ids[0]}")).json()
         assert shown["why"], "it says why it waits"
@@ -142,7 +155,9 @@ async def test_a_paused_workspace_keeps_and_goes_on_where_it_was(ring: Proxy) ->
         assert [each.text for each in worker.received] == ["1", "2"]
 
 
-async def test_a_line_that_was_drained_for_a_while_says_how_long_a_turn_takes(ring: Proxy) -> None:
+async def test_a_line_that_was_drained_for_a_while_says_how_long_a_turn_takes(
+    ring: Proxy, admin: asyncpg.Connection[asyncpg.Record]
+) -> None:
     """A-Q-24: what the queue measured is what the next 429 is computed from."""
     name = fresh()
     async with agent(name, work_s=0.05) as worker:
@@ -157,7 +172,7 @@ async def test_a_line_that_was_drained_for_a_while_says_how_long_a_turn_takes(ri
             return (await ring.call("GET", f"/workspaces/{name}")).json()["queue"]["turn_s"] is not None
 
         await until(is_measured, 15)
-        await ring.call("POST", f"/workspaces/{name}/pause")
+        await pause(ring, admin, name)
         replies = await asyncio.gather(*(ring.say(name, "x", prefer="respond-async") for _ in range(8)))
         full = [reply for reply in replies if reply.status == 429]
         assert len(full) == 5
