@@ -28,7 +28,9 @@ ROOMS: dict[str, set[str]] = {
     "handlers": {"store", "decide", "metrics", "settings", "drain", "copies"},
     "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "copies"},
     "aside": {"store", "metrics"},
-    "answers": {"store", "decide", "drain", "loops"},
+    "history": {"store", "metrics", "settings"},
+    "letters": {"store"},
+    "answers": {"store", "decide", "drain", "loops", "letters"},
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }
 
