@@ -16,7 +16,7 @@ from uuid import UUID
 
 import asyncpg
 
-from services.queue import decide, store
+from services.queue import decide, letters, store
 from services.queue.drain import Drain
 from services.queue.loops import end_waiting
 from services.queue.store import PRIORITY_NAMES, SQL
@@ -238,4 +238,6 @@ _VERBS: Mapping[str, Callable[[Connection, QueueQuery], Awaitable[Answer]]] = {
     "cancel": _cancel,
     "known": _known,
     "snapshot": _snapshot,
+    "dead_letters": letters.dead_letters,
+    "replay": letters.replay,
 }

@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "copies"},
     "aside": {"store", "metrics"},
     "history": {"store", "metrics", "settings"},
-    "letters": {"store"},
+    "letters": {"store", "aside"},
     "answers": {"store", "decide", "drain", "loops", "letters"},
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }
