@@ -47,6 +47,8 @@ class History:
     def __init__(self, settings: Settings, pool: Pool) -> None:
         self._settings = settings
         self._pool = pool
+        self._left: set[date] = set()
+        """Days of which the default partition holds more than can be moved while everybody waits."""
         self._blanked: datetime | None = None
         """Bodies of all that ended before are gone."""
         self._page = (datetime.min.replace(tzinfo=UTC), _NO_ID)
@@ -57,7 +59,7 @@ class History:
         """Make days, drop days, and take one batch of everything that goes by batch; 0 if there may be more."""
         today = datetime.fromtimestamp(await self._pool.fetchval(SQL["read_clock"], now), UTC).date()
         present = set(_days_of(row["name"] for row in await self._pool.fetch(SQL["finished_days"])))
-        for day in sorted({today + timedelta(days=ahead) for ahead in range(_AHEAD + 1)} - present):
+        for day in sorted({today + timedelta(days=ahead) for ahead in range(_AHEAD + 1)} - present - self._left):
             await self._undisturbed("made", day, self._make(day))
         for day in sorted(day for day in present if day < self._oldest(today)):
             await self._undisturbed("dropped", day, self._drop(day))
@@ -101,6 +103,9 @@ class History:
                 )
         except _THERE_ALREADY:
             return False  # another replica made it meanwhile
+        except asyncpg.QueryCanceledError:
+            self._left.add(day)  # found where it is, and goes by batch
+            raise
         return True
 
     async def _drop(self, day: date) -> bool:

@@ -223,6 +223,25 @@ async def test_a_day_in_use_is_not_waited_for(rows: Pool, stack: Stack) -> None:
     assert old not in await days(rows)
 
 
+async def test_a_day_that_would_hold_everybody_up_stays_where_it_is(rows: Pool, stack: Stack) -> None:
+    """So much ended before its day was made that it cannot be moved: others wait for that once, and it is found."""
+    ids = await end(rows, 0)
+    await rows.execute("""
+        CREATE FUNCTION trial() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(60); RETURN OLD; END';
+        CREATE TRIGGER trial BEFORE DELETE ON a2a_finished_default FOR EACH ROW EXECUTE FUNCTION trial()""")
+    one = history(stack, rows)
+    try:
+        await through(one, NOW)
+        assert await days(rows) == [day(1), day(2), day(3)]
+        assert await where(rows, ids) == ["a2a_finished_default"]
+    finally:
+        await rows.execute("DROP FUNCTION trial CASCADE")
+    await through(one, NOW)
+    assert day(0) not in await days(rows), "it is not tried again"
+    await through(history(stack, rows), NOW)
+    assert await where(rows, ids) == [day(0)]
+
+
 NOBODY = "'00000000-0000-0000-0000-000000000000'"
 PLANS = {
     "find_ids": "'{{{id}}}'",
