@@ -139,9 +139,14 @@ async def _read_again(connection: Connection, kind: type[Fact], letter: bytes, *
             again.unreadable.append(Unreadable(raw, unreadable[0].error))
             continue
         if isinstance(facts[0], MessageBusy):
-            changes = await _as_item(connection, facts[0])
+            ended = facts[0].queue_id
+            queue_id = await _id_now(connection, ended)
+            # Whoever was waiting for it is not any more, nor are the forwards that its proxy told of under way.
+            changes: dict[str, str | None] = {"queue_id": str(queue_id), "reply_to": None, "beat": None}
+            if queue_id != ended:
+                changes["retry_of"] = str(ended)
             renewed = _encode({**json.loads(renewed), **changes})
-            again.queue_ids.append(str(changes["queue_id"]))
+            again.queue_ids.append(str(queue_id))
         again.facts.append(renewed)
     return again
 
@@ -151,13 +156,11 @@ def _encode(members: Mapping[str, Any]) -> bytes:
     return json.dumps(members).encode()
 
 
-async def _as_item(connection: Connection, message: MessageBusy) -> dict[str, str | None]:
-    """What of a message is no longer as it came: who was waiting for it is not any more, and its id may have ended."""
-    changes: dict[str, str | None] = {"reply_to": None, "beat": None, "queue_id": str(message.queue_id)}
-    item = await connection.fetchrow(SQL["find_item"], message.queue_id)
-    if item is not None and (item["status"], item["ended_reason"]) == ("failed", REASON):
-        changes |= {"queue_id": str(id_after(message.queue_id)), "retry_of": str(message.queue_id)}
-    return changes
+async def _id_now(connection: Connection, queue_id: UUID) -> UUID:
+    """The id under which a message comes back: its own, unless its end has been told under that one."""
+    item = await connection.fetchrow(SQL["find_item"], queue_id)
+    told = item is not None and (item["status"], item["ended_reason"]) == ("failed", REASON)
+    return id_after(queue_id) if told else queue_id
 
 
 def id_after(queue_id: UUID) -> UUID:
