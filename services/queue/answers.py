@@ -14,7 +14,7 @@ from uuid import UUID
 
 import asyncpg
 
-from services.queue import store
+from services.queue import letters, store
 from services.queue.drain import Drain
 from services.queue.items import UNKNOWN, Answer, find, problem, show_all
 from services.queue.store import PRIORITIES, SQL
@@ -145,5 +145,7 @@ _VERBS: Mapping[str, Callable[[Connection, QueueQuery], Awaitable[Answer]]] = {
     "list": _list,
     "known": _known,
     "snapshot": _snapshot,
+    "dead_letters": letters.dead_letters,
+    "replay": letters.replay,
     **COMMANDS,
 }

@@ -22,6 +22,11 @@ DEPTH = Gauge("bide_queue_depth", "Items that wait in all workspaces; every repl
 OLDEST = Gauge("bide_queue_oldest_age_seconds", "How long the longest first in line has waited", ["lane"])
 OWNERS_LOST = Counter("bide_queue_owners_lost_total", "Deliveries taken from a silent owner")
 RECONCILED = Counter("bide_queue_reconciled_total", "Workspaces whose counters did not match their rows")
+DEAD_LETTERS_KEPT = Gauge(
+    "bide_queue_dead_letters",
+    "Facts set aside and not replayed, up to 10,000; every replica tells the same",
+    ["reason"],
+)
 RUNNING = Gauge("bide_queue_running", "Deliveries of this replica under way")
 WAIT = Histogram(
     "bide_queue_delivery_seconds", "From the claim to the end of a delivery", buckets=(0.01, 0.1, 1, 10, 60, 600, 3600)

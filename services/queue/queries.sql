@@ -151,7 +151,8 @@ FROM unnest($1::text[], $2::bytea[], $3::bytea[]) AS u(workspace_id, caller_hash
   WHERE workspace_id = u.workspace_id AND caller_hash = u.caller_hash AND key_hash = u.key_hash LIMIT 1) q
 
 -- name: insert_finished
--- Proposed ids that never became items: superseded or in conflict.
+-- Proposed ids that never became items: superseded or in conflict. No unique index spans the days: under the lock of its
+-- workspace an id is looked for among what waits and what has ended (find_ids) before it is written here.
 INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
                           method, body, context_id, enqueued_at, ended_at, attempts, delivery_no, superseded_by, rev)
 SELECT i.queue_id, i.workspace_id, i.caller_id, i.caller_hash, i.key_hash, i.body_hash, i.priority, i.status, i.reason,
@@ -161,14 +162,12 @@ FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::by
   AS i(queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason, method, body,
        context_id, n)
 JOIN unnest($13::uuid[]) WITH ORDINALITY AS s(by, n) USING (n)
-ON CONFLICT DO NOTHING
 
 -- name: insert_unreadable
--- A message that was promised and could not be kept; its bytes are in dead_letters.
+-- A message that was promised and could not be kept; its bytes are in dead_letters. Looked for before, as above.
 INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
                           method, body, enqueued_at, ended_at, attempts, delivery_no, last_error, rev)
 VALUES ($1, $2, $3, $4, $5, $6, 50, 'failed', $7, '', '', now(), now(), 0, 0, $8, 1)
-ON CONFLICT DO NOTHING
 
 -- name: claim_items
 -- Second statement of the claim: the workspaces are locked by then. Repeats status in the outer UPDATE. For workspaces
@@ -316,6 +315,57 @@ DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs 
 
 -- name: leave_replica
 DELETE FROM replicas WHERE replica_id = $1
+
+-- name: finished_days
+-- The partitions of what has ended, each named after the last day that it holds.
+SELECT c.relname AS name FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+WHERE i.inhparent = 'a2a_finished'::regclass ORDER BY c.relname
+
+-- name: forget_finished
+-- What no day took, by batch. SKIP LOCKED, here and below: two replicas that forget share the work.
+WITH old AS (
+  SELECT ctid FROM a2a_finished_default WHERE ended_at < $1 ORDER BY ended_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+DELETE FROM a2a_finished_default WHERE ctid = ANY(ARRAY(SELECT ctid FROM old))
+
+-- name: blank_bodies
+-- Of what ended from $1 (null: ever) to $2, a page by its ids.
+WITH old AS (
+  SELECT queue_id FROM a2a_finished
+  WHERE ended_at >= coalesce($1::timestamptz, '-infinity') AND ended_at < $2 AND queue_id > $3 AND NOT body_dropped
+  ORDER BY queue_id LIMIT $4 FOR NO KEY UPDATE)
+UPDATE a2a_finished SET body = '', body_dropped = true
+WHERE ended_at >= coalesce($1::timestamptz, '-infinity') AND ended_at < $2
+  AND queue_id = ANY(ARRAY(SELECT queue_id FROM old))
+RETURNING queue_id
+
+-- name: forget_keys
+WITH old AS (
+  SELECT ctid FROM idempotency_keys WHERE expires_at < coalesce($1, now())
+  ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+DELETE FROM idempotency_keys WHERE ctid = ANY(ARRAY(SELECT ctid FROM old))
+
+-- name: forget_letters
+WITH old AS (
+  SELECT digest FROM dead_letters WHERE at < coalesce($1, now()) - make_interval(days => $2)
+  ORDER BY at, digest LIMIT $3 FOR UPDATE SKIP LOCKED)
+DELETE FROM dead_letters WHERE digest = ANY(ARRAY(SELECT digest FROM old))
+
+-- name: count_letters
+-- Up to $2 of each reason: a flood of them must not cost a scan at every look.
+SELECT r.reason, (SELECT count(*) FROM (
+  SELECT FROM dead_letters d WHERE d.reason = r.reason AND d.replayed_at IS NULL LIMIT $2) waiting)::int AS waiting
+FROM unnest($1::text[]) AS r(reason)
+
+-- name: list_letters
+SELECT digest, at, fact_type, reason, error, octet_length(fact) AS size, replayed_at FROM dead_letters
+WHERE (at, digest) < (coalesce($1::timestamptz, 'infinity'), coalesce($2::bytea, ''))
+ORDER BY at DESC, digest DESC LIMIT $3
+
+-- name: lock_letter
+SELECT fact_type, reason, fact, replayed_at FROM dead_letters WHERE digest = $1 FOR NO KEY UPDATE
+
+-- name: mark_replayed
+UPDATE dead_letters SET replayed_at = now() WHERE digest = $1 RETURNING replayed_at
 
 -- name: ending_items
 -- Not while its workspace is paused: both clocks stop then. now(), for an index is not compared with what is volatile.

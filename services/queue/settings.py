@@ -57,3 +57,9 @@ class Settings(SharedSettings):
     answer_bytes_max: int = Field(default=8 << 20, ge=1)
     idempotency_keep_s: float = Field(default=7 * 86400.0, gt=0)
     """How long an explicit Idempotency-Key answers with what it once gave."""
+    retention_days: int = Field(default=7, ge=1)
+    """UTC days for which an item is found after the day of its ending; then it is 404."""
+    bodies_days: int | None = Field(default=None, ge=0)
+    """The same for its body alone, if that is to go earlier. An item without its body cannot be retried."""
+    dead_letters_days: int = Field(default=30, ge=1)
+    """How long a fact that was set aside can be listed and replayed."""

@@ -28,6 +28,8 @@ ROOMS: dict[str, set[str]] = {
     "handlers": {"store", "decide", "metrics", "settings", "drain", "copies"},
     "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "copies"},
     "aside": {"store", "metrics"},
+    "history": {"store", "metrics", "settings"},
+    "letters": {"store", "aside"},
     "items": {"store", "decide"},
     "verbs": {"store", "decide", "items", "loops"},
     "answers": {"store", "decide", "drain", "items", "loops", "verbs", "letters"},
