@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
-from typing import Any
 from uuid import UUID
 
 from services.queue import decide, store
+from services.queue.backlogs import read_backlogs
 from services.queue.decide import Finish, Item, Requeue, Workspace
 from services.queue.deliver import Delivery, Ending
 from services.queue.metrics import DELIVERIES, ENDED, REQUEUES, RUNNING, STARVATION_TURNS, WAIT, WAITED
@@ -27,7 +27,7 @@ from shared import outbox
 from shared.agents import Agents
 from shared.broker import Publisher
 from shared.database import Connection, Pool, Trouble, backoff_s, classify, transact
-from shared.facts import Fact, ItemChanged, ItemStatus, Running, WorkspaceBacklog
+from shared.facts import Fact, ItemChanged, ItemStatus
 from shared.loops import Loop
 from shared.telemetry import log
 
@@ -364,46 +364,3 @@ def change(settled: Settled, row: store.Ended) -> ItemChanged:
         answer=answer if answer is not None and len(answer) <= _RIDES_ALONG_MAX else None,
         answer_bytes=len(answer) if answer is not None else None,
     )
-
-
-async def read_backlogs(
-    connection: Connection, workspaces: Mapping[str, Workspace], now: float
-) -> list[WorkspaceBacklog]:
-    """Say of each workspace what waits and runs."""
-    return [
-        WorkspaceBacklog(workspace_id=name, rev=workspaces[name].rev, **backlog)
-        for name, backlog in (await backlogs(connection, workspaces, now)).items()
-    ]
-
-
-async def backlogs(
-    connection: Connection, workspaces: Mapping[str, Workspace], now: float
-) -> dict[str, dict[str, Any]]:
-    """The members of a `Backlog` for each workspace."""
-    if not workspaces:
-        return {}  # each question costs its round trip while rows are locked
-    critical = [(name, decide.CRITICAL_LANE) for name, each in workspaces.items() if each.waiting_critical]
-    oldest = await store.oldest(connection, critical)
-    running: dict[str, list[Running]] = {name: [] for name in workspaces}
-    for row in await store.running(connection, workspaces.values()):
-        session = f"{row['queue_id']}:{row['delivery_no']}"
-        running[row["workspace_id"]].append(
-            Running(session_id=session, key_hash=row["key_hash"], started_at=row["dispatched_at"])
-        )
-    return {
-        name: _backlog(workspace, running[name], now)
-        | {"critical_waiting_since": oldest.get((name, decide.CRITICAL_LANE))}
-        for name, workspace in workspaces.items()
-    }
-
-
-def _backlog(workspace: Workspace, running: list[Running], now: float) -> dict[str, Any]:
-    shut = workspace.not_before is not None and workspace.not_before > now
-    return {
-        "waiting": workspace.waiting,
-        "in_use": decide.taken(workspace, now),
-        "not_before": workspace.not_before if shut else None,
-        "running": running,
-        "waiting_by_priority": decide.by_priority(workspace),
-        "turn_s": decide.turn_s(workspace),
-    }

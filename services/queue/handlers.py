@@ -12,8 +12,9 @@ from typing import TypeVar
 from uuid import UUID
 
 from services.queue import decide, store
+from services.queue.backlogs import read_backlogs
 from services.queue.decide import Forwards, Workspace
-from services.queue.drain import Drain, read_backlogs
+from services.queue.drain import Drain
 from services.queue.metrics import ENQUEUED
 from services.queue.settings import Settings
 from services.queue.store import Known, Locked, key_of

@@ -63,7 +63,7 @@ async def dead_letters(connection: Connection, fact: QueueQuery) -> Answer:
         for row in page
     ]
     more = len(rows) > fact.limit
-    return 200, {"dead_letters": letters, "next_cursor": _cursor(page[-1]["at"], page[-1]["digest"]) if more else None}
+    return 200, {"items": letters, "next_cursor": _cursor(page[-1]["at"], page[-1]["digest"]) if more else None}
 
 
 def _place(cursor: str | None) -> tuple[datetime | None, bytes | None]:

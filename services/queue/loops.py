@@ -13,9 +13,10 @@ import asyncpg
 from uuid_utils.compat import uuid7
 
 from services.queue import decide, store
+from services.queue.backlogs import backlogs
 from services.queue.decide import Workspace
 from services.queue.deliver import Ending
-from services.queue.drain import Drain, backlogs
+from services.queue.drain import Drain
 from services.queue.metrics import DEPTH, ENDED, OLDEST, OWNERS_LOST, RECONCILED
 from services.queue.settings import Settings
 from services.queue.store import PRIORITY_OF, SQL

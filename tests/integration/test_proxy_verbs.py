@@ -248,7 +248,7 @@ async def test_a_workspace_shows_its_line(ring: Ring) -> None:
 
 
 async def test_what_was_set_aside_is_listed_and_published_again(ring: Ring) -> None:
-    page = {"dead_letters": [{"digest": LETTER}], "next_cursor": "c2"}
+    page = {"items": [{"digest": LETTER}], "next_cursor": "c2"}
     ring.queue.says["dead_letters"] = lambda _: (200, page)
     ring.queue.says["replay"] = lambda _: (200, {"digest": LETTER, "facts": 1})
     listed = await ring.front.call("GET", "/dead-letters?limit=1&cursor=c1", token=ring.tokens["ops"])

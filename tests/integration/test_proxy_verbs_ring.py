@@ -186,7 +186,7 @@ async def test_what_was_set_aside_is_shown_and_what_nobody_can_read_stays(ring: 
     letter: dict[str, Any] = {}
 
     async def is_listed() -> bool:
-        listed = (await ring.call("GET", "/dead-letters?limit=5")).json()["dead_letters"]
+        listed = (await ring.call("GET", "/dead-letters?limit=5")).json()["items"]
         letter.update(listed[0] if listed else {})
         return bool(letter)
 

@@ -61,8 +61,8 @@ async def listed(front: Door, count: int) -> list[dict[str, Any]]:
 
     await until(there)
     status, body = await front.ask("dead_letters")
-    assert (status, len(body["dead_letters"])) == (200, count), body
-    letters: list[dict[str, Any]] = body["dead_letters"]
+    assert (status, len(body["items"])) == (200, count), body
+    letters: list[dict[str, Any]] = body["items"]
     return letters
 
 
@@ -203,7 +203,7 @@ async def test_letters_are_listed_page_by_page_and_only_to_an_operator(front: Do
     for _ in range(3):
         status, body = await front.ask("dead_letters", limit=2, cursor=cursor)
         assert status == 200
-        seen += [letter["digest"] for letter in body["dead_letters"]]
+        seen += [letter["digest"] for letter in body["items"]]
         cursor = body["next_cursor"]
     assert seen == [row["digest"].hex() for row in wanted]
     assert cursor is None

@@ -10,8 +10,8 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from services.queue import store
+from services.queue.backlogs import read_backlogs
 from services.queue.deliver import Ending
-from services.queue.drain import read_backlogs
 from services.queue.handlers import Handlers
 from shared.database import Connection
 from shared.facts import MessageBusy, Priority, WorkspaceBacklog
@@ -111,11 +111,10 @@ async def test_a_flood_in_one_workspace_is_none_in_another(bench: Bench) -> None
     async with bench.pool.acquire() as connection:
         await claim_kit.load(connection, "calm", 50)
         await bench.cycles(connection, "calm", 8)
-        _, alone = await bench.claim(connection, "calm")
         await claim_kit.load(connection, "flooded", 10_000, after=1_000)
         turn, beside = await bench.claim(connection, "calm")
         assert [item.workspace_id for item in turn.items] == ["calm"]
-        assert beside <= alone + 6, "its index entries may lie one level deeper"
+        assert beside <= 34, "as many as a turn touches anyway"
 
 
 async def told(connection: Connection) -> WorkspaceBacklog:
