@@ -29,6 +29,7 @@ from shared.facts import (
     QueueQuery,
     ScheduleApplied,
     ScheduleChanged,
+    ScheduleQuery,
     ScheduleTick,
     SessionChanged,
     SessionDirective,
@@ -145,7 +146,8 @@ def _routes() -> Iterator[Route]:
     yield Route(WorkspaceStatus, "proxy", replica)
     for reader in ("queue", "scheduler"):
         yield Route(WorkspaceStatus, reader, quorum)
-    yield Route(ScheduleApplied, "scheduler", replica)
+    yield Route(ScheduleQuery, "scheduler", perishable)
+    yield Route(ScheduleApplied, "proxy", replica)
     yield Route(ScheduleTick, "queue", quorum)
     yield Route(ScheduleChanged, "queue", quorum)
     yield Route(TickSettled, "scheduler", quorum)
@@ -167,7 +169,7 @@ _TO_COME = {"scheduler", "liveness", "proxy.session.control"}
 
 ROUTES: tuple[Route, ...] = tuple(candidate for candidate in _routes() if candidate.reader not in _TO_COME)
 
-REPLIES: frozenset[type[Fact]] = frozenset({ItemKept, QueryAnswered, ScheduleApplied})
+REPLIES: frozenset[type[Fact]] = frozenset({ItemKept, QueryAnswered})
 """Sent to the asker's own queue (`reply_to`), not to the exchange; it may be gone, so they are never mandatory."""
 
 
