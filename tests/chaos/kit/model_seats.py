@@ -76,7 +76,8 @@ class Seats(Base):
     async def removed(self, replica: Replica, seat: Seat) -> None:
         self.revs[seat.name] += 1
         fact = WorkspaceRemoved(workspace_id=seat.name, rev=self.revs[seat.name])
-        await self.rig.read(WorkspaceRemoved, replica.handlers.removed, [fact])
+        now = await self.rig.read(WorkspaceRemoved, replica.handlers.removed, [fact])
+        self.model.go_on(seat, now)
         seat.registry_rev, seat.removed = fact.rev, True
 
     @rule(
