@@ -192,7 +192,7 @@ class Messages(Seats):
         else:
             self.model.promote(item)
             ahead = [each for each in self.model.of(item.workspace, "queued") if each.place < item.place]
-            assert (status, shown["position"]) == (200, len(ahead) + 1)
+            assert (status, shown["position"]) == (200, len(ahead) + 1), f"I3: {item.queue_id} is promoted"
 
     @rule(
         by=some, index=some, priority=st.none() | st.sampled_from(Priority), caller=st.none() | st.sampled_from("ab"),
