@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
@@ -67,15 +68,17 @@ class Deliveries(Messages):
         for index, said in answers:
             await self._answered(replica, index, said)
         endings, ready = replica.endings(), replica.ready()
+        if not endings and not ready:
+            await replica.drain.run_once()
+            return
         now = await self.rig.turn(replica, confirmed=confirmed)
         replies = [
             Reply(each.item.queue_id, each.item.delivery_no, each.reply, each.item.at_most_once, each.retry_after_s)
             for each in endings
         ]
         self.model.settle(replies, now)
-        await self.observe(now)
+        rows = await self.observe(now)
         looked_at = {ending.item.workspace_id for ending in endings} | set(ready)
-        rows = await self.rig.pool.fetch(ROWS, self.names)
         numbers = {queue_id: item.delivery_no for queue_id, item in self.model.items.items()}
         claimed = {row["queue_id"] for row in rows if row["delivery_no"] > numbers[row["queue_id"]]}
         self.model.claim(looked_at, now, replica.name, claimed)
@@ -98,9 +101,10 @@ class Deliveries(Messages):
             ), (said, ending)
             self.seen[ending.reply] += 1
 
-    async def observe(self, now: float) -> None:
-        """Read the waits that were drawn by lot, and hold them against their bounds."""
-        for row in await self.rig.pool.fetch(ROWS, self.names):
+    async def observe(self, now: float) -> list[asyncpg.Record]:
+        """Read the waits that were drawn by lot, and hold them against their bounds; the rows in which they are."""
+        rows = await self.rig.pool.fetch(ROWS, self.names)
+        for row in rows:
             item = self.model.items[row["queue_id"]]
             if item.waits is not None:
                 item.not_before, item.waits = _within(row["not_before"], item.waits, now), None
@@ -108,6 +112,7 @@ class Deliveries(Messages):
             seat = self.model.seat(row["workspace_id"])
             if seat.shuts is not None:
                 seat.shut_until, seat.shuts = _within(row["not_before"], seat.shuts, now), None
+        return rows
 
     async def reread(self, replica: Replica) -> None:
         held = dict(replica.drain.running)

@@ -167,7 +167,7 @@ class QueueMachine(Deliveries):
         for _ in range(40):
             self.clock.ahead_s += 100
             for name in self.names:
-                await self.registered(last, self.model.seat(name), maximum=3)
+                await self.registered(last, self.model.seat(name), maximum=30)
                 await self.beaten(last, self.model.seat(name), active=0)
             await self._judge(last, ripe=True)
             await self.swept(last)
