@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from shared.facts import FLEET, QueryAnswered, QueueQuery
 from shared.intake import Tell
 
 _FIRST = (-1, -1, UUID(int=0))
+_LANE, _RANK = re.compile(r"[01]"), re.compile(r"-?[0-9]{1,18}")
 _LAST_ID = UUID(int=(1 << 128) - 1)
 _WAITING = {"queued", "dispatched"}
 
@@ -128,6 +130,8 @@ def _cursor(text: str | None, *, waiting: bool) -> tuple[int, int, UUID]:
     if text is None:
         return _FIRST if waiting else (0, 0, _LAST_ID)
     lane, rank_ms, queue_id = text.split(".")
+    if not (_LANE.fullmatch(lane) and _RANK.fullmatch(rank_ms)):
+        raise ValueError(text)  # a number that no column can hold would be an error of ours, and a dead letter
     return int(lane), int(rank_ms), UUID(queue_id)
 
 
