@@ -126,15 +126,18 @@ class Handlers:
         return lambda: self._tell([], after)
 
     async def removed(self, connection: Connection, facts: Sequence[WorkspaceRemoved]) -> Tell:
-        """Deliver nothing more; what waits ends by its own clocks, visibly."""
+        """Deliver nothing more; what waits ends by its own clocks, visibly: a pause that nobody can end is over."""
         newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: fact.rev)
         before = await store.lock(connection, newest)
-        after = {
-            name: replace(workspace, removed=True, registry_rev=newest[name].rev, rev=workspace.rev + 1)
-            if newest[name].rev > workspace.registry_rev
-            else workspace
-            for name, workspace in before.items()
-        }
+        after: dict[str, Workspace] = dict(before)
+        resumed: dict[str, float] = {}
+        for name, workspace in before.items():
+            if newest[name].rev > workspace.registry_rev:
+                going_on, since = decide.paused(workspace, before.now, is_paused=False)
+                after[name] = replace(going_on, removed=True, registry_rev=newest[name].rev, rev=workspace.rev + 1)
+                if since is not None:
+                    resumed[name] = since
+        await store.shift_clocks(connection, resumed, before.now)
         await store.save(connection, before, after)
         return lambda: self._tell([], after)
 

@@ -1,16 +1,19 @@
-"""Where promises of the queue meet what nobody meant to say: a cursor that no listing gave."""
+"""Where two promises of the queue meet: a pause and a removal, a listing and a cursor that it never gave."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from uuid_utils.compat import uuid7
 
-from tests.conftest import Stack
+from shared.facts import WorkspaceRemoved
+from tests.conftest import Stack, until
 from tests.integration.queue_kit import Door, door, queue_service
 
 TABLES = "a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas, inbox, outbox, dead_letters"
+NOWHERE = "http://127.0.0.1:20001"
 
 
 @pytest.fixture
@@ -32,3 +35,31 @@ def fresh() -> str:
 async def test_a_cursor_that_no_listing_gave_is_refused_and_sets_nothing_aside(front: Door, place: str) -> None:
     status, body = await front.ask("list", fresh(), cursor=f"{place}.{uuid7()}")
     assert (status, body["code"]) == (400, "bad_cursor")
+
+
+async def remove(front: Door, name: str) -> None:
+    """Remove it, and wait until the queue knows."""
+    await front.publisher.publish(WorkspaceRemoved(workspace_id=name, rev=(uuid7().int >> 80) + 1000))
+
+    async def is_removed() -> bool:
+        return bool(await front.side.pool.fetchval("SELECT removed FROM workspaces WHERE workspace_id = $1", name))
+
+    await until(is_removed)
+
+
+async def test_what_waits_in_a_workspace_that_was_removed_while_paused_ends_by_its_clocks(front: Door) -> None:
+    """Nobody can resume it any more, so the pause that held its clocks is over."""
+    name = fresh()
+    await front.register(name, NOWHERE, paused=True)
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    late = front.busy(name, "x", expires_at=tomorrow)
+    due = front.busy(name, "x", expires_at=datetime.now(UTC) - timedelta(seconds=1))
+    await front.keep(late)
+    await front.keep(due)
+    await remove(front, name)
+    (ended,) = await front.ended(due.queue_id)
+    assert ended["status"] == "expired"
+    waits = await front.item(late.queue_id)
+    assert (waits["status"], waits["waits"]["reason"]) == ("queued", "removed")
+    # It would have been given up on after a day too: whichever is first has the pause's time back.
+    assert datetime.fromisoformat(waits["expires_at"]) > tomorrow
