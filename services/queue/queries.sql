@@ -99,13 +99,14 @@ SELECT workspace_id FROM (
 ORDER BY workspace_id LIMIT $2
 
 -- name: count_items
--- The truth that the counters are held against (B-06). Waiting ones are counted up to $2; null: all of them.
+-- The truth that the counters are held against (B-06). Waiting ones are counted up to $2, CRITICAL first; null: all.
 SELECT w.workspace_id, line.*,
   (SELECT count(*) FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'dispatched')::int AS running
 FROM unnest($1::text[]) AS w(workspace_id) CROSS JOIN LATERAL (
   SELECT count(*)::int AS waiting, (count(*) FILTER (WHERE priority = 100))::int AS waiting_critical,
          (count(*) FILTER (WHERE priority = 10))::int AS waiting_info
-  FROM (SELECT q.priority FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' LIMIT $2) waiting
+  FROM (SELECT q.priority FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued'
+        ORDER BY q.lane, q.rank_ms, q.queue_id LIMIT $2) waiting
 ) line
 
 -- name: insert_keys
