@@ -63,3 +63,15 @@ async def test_what_waits_in_a_workspace_that_was_removed_while_paused_ends_by_i
     assert (waits["status"], waits["waits"]["reason"]) == ("queued", "removed")
     # It would have been given up on after a day too: whichever is first has the pause's time back.
     assert datetime.fromisoformat(waits["expires_at"]) > tomorrow
+
+
+async def test_a_removed_workspace_takes_no_retry(front: Door) -> None:
+    """What nobody will ever deliver is refused, as a new message is."""
+    name = fresh()
+    fact = front.busy(name, "x")
+    await front.keep(fact)
+    await front.ask("cancel", name, queue_id=fact.queue_id)
+    await remove(front, name)
+    status, body = await front.ask("retry", name, queue_id=fact.queue_id)
+    assert (status, body["code"]) == (410, "workspace_removed")
+    assert (await front.item(fact.queue_id))["retried_by"] is None
