@@ -61,7 +61,7 @@ class Handlers:
                     workspace = decide.keep(workspace, store.place_of(fact), fact.priority)
                     after[fact.workspace_id] = workspace
                 if fact.reply_to is not None:
-                    replies.append((fact.reply_to, _reply(fact, kept, workspace.waiting)))
+                    replies.append((fact.reply_to, _reply(fact, kept, workspace)))
         await store.save(connection, before, after)
         if ended:
             await outbox.add(connection, ended)
@@ -303,13 +303,13 @@ async def _end_proposed(
     return Kept(new, duplicates, conflicts, changes)
 
 
-def _reply(fact: MessageBusy, kept: Kept, waiting: int) -> ItemKept:
+def _reply(fact: MessageBusy, kept: Kept, workspace: Workspace) -> ItemKept:
     return ItemKept(
         workspace_id=fact.workspace_id,
         rev=1,
         queue_id=fact.queue_id,
-        depth=waiting,
-        position=waiting,
+        depth=workspace.waiting,
+        position=decide.place_told(workspace, fact.priority),
         duplicate_of=kept.duplicates.get(fact.queue_id),
         conflict=fact.queue_id in kept.conflicts,
     )

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from uuid_utils.compat import uuid7
 
-from shared.facts import WorkspaceRemoved
+from shared.facts import Priority, WorkspaceRemoved
 from tests.conftest import Stack, until
 from tests.integration.queue_kit import Door, door, queue_service
 
@@ -75,3 +75,14 @@ async def test_a_removed_workspace_takes_no_retry(front: Door) -> None:
     status, body = await front.ask("retry", name, queue_id=fact.queue_id)
     assert (status, body["code"]) == (410, "workspace_removed")
     assert (await front.item(fact.queue_id))["retried_by"] is None
+
+
+async def test_a_critical_message_is_told_its_place_before_the_others(front: Door) -> None:
+    name = fresh()
+    for number in range(3):
+        await front.keep(front.busy(name, str(number)))
+    for expected in (1, 2):
+        fact = front.busy(name, "c", priority=Priority.CRITICAL)
+        told = await front.keep(fact)
+        assert (told.position, told.depth) == (expected, 3 + expected)
+        assert (await front.item(fact.queue_id))["position"] == expected
