@@ -16,6 +16,7 @@ from uuid import UUID
 import asyncpg
 
 from services.queue import letters, store
+from services.queue.backlogs import read_backlogs
 from services.queue.drain import Drain
 from services.queue.items import UNKNOWN, Answer, find, problem, show_all
 from services.queue.store import PRIORITIES, SQL
@@ -44,7 +45,7 @@ class Answers:
         """Answer each question; what came too late is refused, so that a command is never a surprise."""
         answered = []
         woken: list[str] = []
-        await self._lock(connection, facts)
+        moved = await self._lock(connection, facts)
         for fact in sorted(facts, key=lambda fact: str(fact.queue_id)):
             status, body = await _answer(connection, fact)
             if fact.verb in {"retry", "promote"} and "workspace_id" in body:
@@ -55,7 +56,11 @@ class Answers:
                                               status=status, body=encoded))
             )  # fmt: skip
 
+        backlogs = await read_backlogs(connection, await store.read(connection, moved) if moved else {}, moved.now)
+
         def tell() -> None:
+            for backlog in backlogs:
+                self.publisher.post(backlog)
             for reply_to, reply in answered:
                 self.publisher.post(reply, to=reply_to)
             if any(fact.verb == "snapshot" for fact in facts):
@@ -65,8 +70,8 @@ class Answers:
         return tell
 
     @staticmethod
-    async def _lock(connection: Connection, facts: Sequence[QueueQuery]) -> None:
-        """All workspaces that this batch's commands move items in, at once and in key order.
+    async def _lock(connection: Connection, facts: Sequence[QueueQuery]) -> store.Locked:
+        """Lock all workspaces that this batch's commands move items in, at once and in key order.
 
         One after the other they would be locked in the order of the items, and meet a turn that comes the other way.
         """
@@ -75,8 +80,7 @@ class Answers:
         known = await store.find_ids(connection, items) if items else {}
         names = {each.workspace_id for each in known.values()}
         names |= {fact.workspace_id for fact in commands if fact.queue_id is None and fact.workspace_id != FLEET}
-        if names:
-            await store.lock(connection, names)
+        return await store.lock(connection, names) if names else store.Locked()
 
 
 async def _answer(connection: Connection, fact: QueueQuery) -> Answer:

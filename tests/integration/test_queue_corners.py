@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from uuid_utils.compat import uuid7
 
-from shared.facts import Priority, WorkspaceRemoved
+from shared.facts import Priority, WorkspaceBacklog, WorkspaceRemoved
 from tests.conftest import Stack, until
+from tests.integration.conftest import replica
 from tests.integration.queue_kit import Door, door, queue_service
 
 TABLES = "a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas, inbox, outbox, dead_letters"
@@ -86,3 +88,28 @@ async def test_a_critical_message_is_told_its_place_before_the_others(front: Doo
         told = await front.keep(fact)
         assert (told.position, told.depth) == (expected, 3 + expected)
         assert (await front.item(fact.queue_id))["position"] == expected
+
+
+async def test_what_a_verb_changes_of_a_line_is_told_at_once(stack: Stack) -> None:
+    """A proxy that did not know that a retried message waits would let newer ones pass it."""
+    name = fresh()
+    async with door(stack) as front, replica(stack, "proxy") as beside:
+        await front.side.pool.execute(f"TRUNCATE {TABLES}")
+        told: asyncio.Queue[int] = asyncio.Queue()
+
+        async def heard(facts: Sequence[WorkspaceBacklog]) -> None:
+            for fact in facts:
+                told.put_nowait(fact.waiting)
+
+        beside.reader.hear(WorkspaceBacklog, heard)
+        await beside.reader.start()
+        async with queue_service(stack, snapshot_s=600.0):
+            fact = front.busy(name, "x")
+            await front.keep(fact)
+            assert await asyncio.wait_for(told.get(), 10) == 1
+            await front.ask("cancel", name, queue_id=fact.queue_id)
+            assert await asyncio.wait_for(told.get(), 10) == 0
+            await front.ask("retry", name, queue_id=fact.queue_id)
+            assert await asyncio.wait_for(told.get(), 10) == 1
+            await front.ask("cancel_many", name)
+            assert await asyncio.wait_for(told.get(), 10) == 0
