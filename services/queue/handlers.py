@@ -15,7 +15,7 @@ from services.queue import decide, store
 from services.queue.backlogs import read_backlogs
 from services.queue.decide import Forwards, Workspace
 from services.queue.drain import Drain
-from services.queue.metrics import ENQUEUED
+from services.queue.metrics import ENDED, ENQUEUED
 from services.queue.settings import Settings
 from services.queue.store import Known, Locked, key_of
 from shared import outbox
@@ -289,6 +289,8 @@ async def _end_proposed(
             duplicates[fact.queue_id] = first.queue_id
             ended.append((fact, "superseded", "duplicate", first.queue_id))
     await store.insert_ended(connection, ended)
+    for _, status, _, _ in ended:
+        ENDED.labels(status).inc()
     changes = [
         ItemChanged(
             workspace_id=fact.workspace_id,

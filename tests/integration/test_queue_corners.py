@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from prometheus_client import REGISTRY
 from uuid_utils.compat import uuid7
 
 from shared.facts import Priority, WorkspaceBacklog, WorkspaceRemoved
@@ -113,3 +114,17 @@ async def test_what_a_verb_changes_of_a_line_is_told_at_once(stack: Stack) -> No
             assert await asyncio.wait_for(told.get(), 10) == 1
             await front.ask("cancel_many", name)
             assert await asyncio.wait_for(told.get(), 10) == 0
+
+
+async def test_a_proposed_id_that_ends_is_counted_as_ended(front: Door) -> None:
+    """Whatever becomes a finished item is in the count of what ended, by its status."""
+
+    def counted(status: str) -> float:
+        return REGISTRY.get_sample_value("bide_queue_ended_total", {"status": status}) or 0.0
+
+    name, before = fresh(), {status: counted(status) for status in ("superseded", "failed")}
+    first = front.busy(name, "x", key="k")
+    await front.keep(first)
+    assert (await front.keep(front.busy(name, "x", key="k", body=first.body))).duplicate_of == first.queue_id
+    assert (await front.keep(front.busy(name, "another", key="k"))).conflict
+    assert {status: counted(status) - number for status, number in before.items()} == {"superseded": 1, "failed": 1}
