@@ -214,10 +214,11 @@ RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempt
           extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch
 
 -- name: oldest_items
--- Since when the first of a lane waits.
+-- Since when the first of a lane waits; $3: of those that may go then by their own clock.
 SELECT w.workspace_id, w.lane, q.enqueued_at
 FROM unnest($1::text[], $2::smallint[]) AS w(workspace_id, lane) CROSS JOIN LATERAL (
   SELECT enqueued_at FROM a2a_queue WHERE workspace_id = w.workspace_id AND status = 'queued' AND lane = w.lane
+    AND ($3::timestamptz IS NULL OR not_before IS NULL OR not_before <= $3)
   ORDER BY rank_ms, queue_id LIMIT 1) q
 
 -- name: shift_clocks

@@ -138,3 +138,21 @@ async def test_since_when_critical_waits_is_told(bench: Bench) -> None:
         assert waits.waiting_by_priority == {Priority.CRITICAL: 2, Priority.TASK: 1}
         await serve(bench, connection, 2)
         assert (await told(connection)).critical_waiting_since is None
+
+
+async def test_critical_that_is_to_wait_pre_empts_nobody(bench: Bench) -> None:
+    """Since when CRITICAL waits is said of what could go: not of one whose own time has not come."""
+    async with bench.pool.acquire() as connection:
+        await claim_kit.load(connection, "w", 0)
+        (later,) = await put(bench, connection, Priority.CRITICAL, 1, ago_s=70)
+        at = "UPDATE a2a_queue SET not_before = now() + make_interval(secs => $2) WHERE queue_id = $1"
+        await connection.execute(at, later, 3600.0)
+        assert (await told(connection)).critical_waiting_since is None
+        await put(bench, connection, Priority.CRITICAL, 1, ago_s=20)
+        since = (await told(connection)).critical_waiting_since
+        assert since is not None
+        assert timedelta(seconds=20) <= datetime.now(UTC) - since < timedelta(seconds=60), "the one that may go"
+        await connection.execute(at, later, -1.0)
+        since = (await told(connection)).critical_waiting_since
+        assert since is not None
+        assert datetime.now(UTC) - since >= timedelta(seconds=70), "its time has come"
