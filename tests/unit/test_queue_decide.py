@@ -384,6 +384,10 @@ FULL = replace(OPEN, running=1, ceiling_s=1800)
             "next in line: after a failed attempt it waits for another 5 s", "not_before", id="its own clock",
         ),
         pytest.param(
+            FULL, {"not_before": NOW + 5}, "next in line: it waits for another 5 s", "not_before",
+            id="its own clock, and its agent is full",
+        ),
+        pytest.param(
             replace(OPEN, paused=True, paused_at=NOW - 12_000), {},
             "next in line: the workspace has been paused for 3 h 20 m, and its clocks stand still", "paused",
             id="paused",
