@@ -355,7 +355,7 @@ async def test_every_item_that_waits_says_why(front: Door) -> None:
         await front.register(name, worker.url)
         await worker.until(lambda: len(worker.received) == 1)
         words, fields = await why(late)
-        assert fields["reason"] == "at_capacity"
+        assert fields["reason"] == "not_before"
         assert (fields["in_use"], fields["max_concurrent_tasks"]) == (1, 1)
         await front.register(name, worker.url, maximum=2)
         await worker.until(lambda: len(worker.received) == 2)
