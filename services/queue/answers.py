@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from uuid import UUID
 import asyncpg
 
 from services.queue import letters, store
+from services.queue.backlogs import read_backlogs
 from services.queue.drain import Drain
 from services.queue.items import UNKNOWN, Answer, find, problem, show_all
 from services.queue.store import PRIORITIES, SQL
@@ -25,6 +27,7 @@ from shared.facts import FLEET, QueryAnswered, QueueQuery
 from shared.intake import Tell
 
 _FIRST = (-1, -1, UUID(int=0))
+_LANE, _RANK = re.compile(r"[01]"), re.compile(r"-?[0-9]{1,18}")
 _LAST_ID = UUID(int=(1 << 128) - 1)
 _WAITING = {"queued", "dispatched"}
 
@@ -42,7 +45,7 @@ class Answers:
         """Answer each question; what came too late is refused, so that a command is never a surprise."""
         answered = []
         woken: list[str] = []
-        await self._lock(connection, facts)
+        moved = await self._lock(connection, facts)
         for fact in sorted(facts, key=lambda fact: str(fact.queue_id)):
             status, body = await _answer(connection, fact)
             if fact.verb in {"retry", "promote"} and "workspace_id" in body:
@@ -53,7 +56,11 @@ class Answers:
                                               status=status, body=encoded))
             )  # fmt: skip
 
+        backlogs = await read_backlogs(connection, await store.read(connection, moved) if moved else {}, moved.now)
+
         def tell() -> None:
+            for backlog in backlogs:
+                self.publisher.post(backlog)
             for reply_to, reply in answered:
                 self.publisher.post(reply, to=reply_to)
             if any(fact.verb == "snapshot" for fact in facts):
@@ -63,8 +70,8 @@ class Answers:
         return tell
 
     @staticmethod
-    async def _lock(connection: Connection, facts: Sequence[QueueQuery]) -> None:
-        """All workspaces that this batch's commands move items in, at once and in key order.
+    async def _lock(connection: Connection, facts: Sequence[QueueQuery]) -> store.Locked:
+        """Lock all workspaces that this batch's commands move items in, at once and in key order.
 
         One after the other they would be locked in the order of the items, and meet a turn that comes the other way.
         """
@@ -73,8 +80,7 @@ class Answers:
         known = await store.find_ids(connection, items) if items else {}
         names = {each.workspace_id for each in known.values()}
         names |= {fact.workspace_id for fact in commands if fact.queue_id is None and fact.workspace_id != FLEET}
-        if names:
-            await store.lock(connection, names)
+        return await store.lock(connection, names) if names else store.Locked()
 
 
 async def _answer(connection: Connection, fact: QueueQuery) -> Answer:
@@ -128,6 +134,8 @@ def _cursor(text: str | None, *, waiting: bool) -> tuple[int, int, UUID]:
     if text is None:
         return _FIRST if waiting else (0, 0, _LAST_ID)
     lane, rank_ms, queue_id = text.split(".")
+    if not (_LANE.fullmatch(lane) and _RANK.fullmatch(rank_ms)):
+        raise ValueError(text)  # a number that no column can hold would be an error of ours, and a dead letter
     return int(lane), int(rank_ms), UUID(queue_id)
 
 

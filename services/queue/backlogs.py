@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from services.queue import decide, store
@@ -28,7 +29,8 @@ async def backlogs(
     if not workspaces:
         return {}  # each question costs its round trip while rows are locked
     critical = [(name, decide.CRITICAL_LANE) for name, each in workspaces.items() if each.waiting_critical]
-    oldest = await store.oldest(connection, critical)
+    # One that is to be delivered tomorrow shall pre-empt nobody today.
+    oldest = await store.oldest(connection, critical, may_go_at=datetime.fromtimestamp(now, UTC))
     running: dict[str, list[Running]] = {name: [] for name in workspaces}
     for row in await store.running(connection, workspaces.values()):
         session = f"{row['queue_id']}:{row['delivery_no']}"

@@ -15,7 +15,7 @@ from services.queue import decide, store
 from services.queue.backlogs import read_backlogs
 from services.queue.decide import Forwards, Workspace
 from services.queue.drain import Drain
-from services.queue.metrics import ENQUEUED
+from services.queue.metrics import ENDED, ENQUEUED
 from services.queue.settings import Settings
 from services.queue.store import Known, Locked, key_of
 from shared import outbox
@@ -61,7 +61,7 @@ class Handlers:
                     workspace = decide.keep(workspace, store.place_of(fact), fact.priority)
                     after[fact.workspace_id] = workspace
                 if fact.reply_to is not None:
-                    replies.append((fact.reply_to, _reply(fact, kept, workspace.waiting)))
+                    replies.append((fact.reply_to, _reply(fact, kept, workspace)))
         await store.save(connection, before, after)
         if ended:
             await outbox.add(connection, ended)
@@ -126,18 +126,17 @@ class Handlers:
         return lambda: self._tell([], after)
 
     async def removed(self, connection: Connection, facts: Sequence[WorkspaceRemoved]) -> Tell:
-        """Deliver nothing more; what waits ends by its own clocks, visibly: also where they stood still for a pause."""
+        """Deliver nothing more; what waits ends by its own clocks, visibly: a pause that nobody can end is over."""
         newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: fact.rev)
         before = await store.lock(connection, newest)
-        after = dict(before)
+        after: dict[str, Workspace] = dict(before)
         resumed: dict[str, float] = {}
         for name, workspace in before.items():
-            if newest[name].rev <= workspace.registry_rev:
-                continue
-            going, since = decide.paused(workspace, before.now, is_paused=False)
-            after[name] = replace(going, removed=True, registry_rev=newest[name].rev, rev=workspace.rev + 1)
-            if since is not None:
-                resumed[name] = since
+            if newest[name].rev > workspace.registry_rev:
+                going_on, since = decide.paused(workspace, before.now, is_paused=False)
+                after[name] = replace(going_on, removed=True, registry_rev=newest[name].rev, rev=workspace.rev + 1)
+                if since is not None:
+                    resumed[name] = since
         await store.shift_clocks(connection, resumed, before.now)
         await store.save(connection, before, after)
         return lambda: self._tell([], after)
@@ -290,6 +289,8 @@ async def _end_proposed(
             duplicates[fact.queue_id] = first.queue_id
             ended.append((fact, "superseded", "duplicate", first.queue_id))
     await store.insert_ended(connection, ended)
+    for _, status, _, _ in ended:
+        ENDED.labels(status).inc()
     changes = [
         ItemChanged(
             workspace_id=fact.workspace_id,
@@ -304,13 +305,13 @@ async def _end_proposed(
     return Kept(new, duplicates, conflicts, changes)
 
 
-def _reply(fact: MessageBusy, kept: Kept, waiting: int) -> ItemKept:
+def _reply(fact: MessageBusy, kept: Kept, workspace: Workspace) -> ItemKept:
     return ItemKept(
         workspace_id=fact.workspace_id,
         rev=1,
         queue_id=fact.queue_id,
-        depth=waiting,
-        position=waiting,
+        depth=workspace.waiting,
+        position=decide.place_told(workspace, fact.priority),
         duplicate_of=kept.duplicates.get(fact.queue_id),
         conflict=fact.queue_id in kept.conflicts,
     )

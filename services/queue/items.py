@@ -26,7 +26,7 @@ def problem(code: str, detail: str) -> dict[str, str]:
     return {"code": code, "detail": detail}
 
 
-UNKNOWN: Answer = (404, problem("unknown_item", "There is no such item, or it is not yours. Check the id."))
+UNKNOWN: Answer = (404, problem("item_unknown", "There is no such item, or it is not yours. Check the id."))
 
 
 async def find(connection: Connection, fact: QueueQuery) -> asyncpg.Record | None:

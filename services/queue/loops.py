@@ -267,8 +267,9 @@ def _measure(workspaces: Iterable[Workspace], oldest: Mapping[tuple[str, int], d
 def _differs(said: Workspace | None, row: asyncpg.Record) -> bool:
     if said is None:
         return True
-    if said.waiting >= _COUNT_MAX:  # not all of them were counted
-        return (_COUNT_MAX, said.running) != (row["waiting"], row["running"])
+    if said.waiting >= _COUNT_MAX:  # not all of them were counted, but CRITICAL was counted first
+        critical = min(said.waiting_critical, _COUNT_MAX)
+        return (_COUNT_MAX, critical, said.running) != (row["waiting"], row["waiting_critical"], row["running"])
     return any(getattr(said, each) != row[each] for each in _COUNTERS)
 
 

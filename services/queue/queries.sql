@@ -99,13 +99,14 @@ SELECT workspace_id FROM (
 ORDER BY workspace_id LIMIT $2
 
 -- name: count_items
--- The truth that the counters are held against (B-06). Waiting ones are counted up to $2; null: all of them.
+-- The truth that the counters are held against (B-06). Waiting ones are counted up to $2, CRITICAL first; null: all.
 SELECT w.workspace_id, line.*,
   (SELECT count(*) FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'dispatched')::int AS running
 FROM unnest($1::text[]) AS w(workspace_id) CROSS JOIN LATERAL (
   SELECT count(*)::int AS waiting, (count(*) FILTER (WHERE priority = 100))::int AS waiting_critical,
          (count(*) FILTER (WHERE priority = 10))::int AS waiting_info
-  FROM (SELECT q.priority FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' LIMIT $2) waiting
+  FROM (SELECT q.priority FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued'
+        ORDER BY q.lane, q.rank_ms, q.queue_id LIMIT $2) waiting
 ) line
 
 -- name: insert_keys
@@ -172,16 +173,18 @@ VALUES ($1, $2, $3, $4, $5, $6, 50, 'failed', $7, '', '', now(), now(), 0, 0, $8
 -- name: claim_items
 -- Second statement of the claim: the workspaces are locked by then. Repeats status in the outer UPDATE. For workspaces
 -- where no CRITICAL waits: the line of the rest alone. `first_rank` is that of what stands first in the line, also when
--- it may not be claimed yet: the lane's next floor.
+-- it may not be claimed yet, or any more: the lane's next floor.
 WITH wanted AS (SELECT * FROM unnest($1::text[], $2::int[], $3::bigint[]) AS w(workspace_id, spare, floor)),
 head AS MATERIALIZED (
   SELECT line.place, line.first_rank FROM wanted w CROSS JOIN LATERAL (
     SELECT * FROM (
-      SELECT q.ctid AS place, q.rank_ms, q.queue_id, q.not_before, first_value(q.rank_ms) OVER along AS first_rank
+      SELECT q.ctid AS place, q.rank_ms, q.queue_id, q.not_before, least(q.expires_at, q.give_up_at) AS ends_at,
+             first_value(q.rank_ms) OVER along AS first_rank
       FROM a2a_queue q
       WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' AND q.lane = 1 AND q.rank_ms >= w.floor
       WINDOW along AS (ORDER BY q.rank_ms, q.queue_id ROWS UNBOUNDED PRECEDING)) waiting
-    WHERE not_before IS NULL OR not_before <= coalesce($5, clock_timestamp())
+    WHERE (not_before IS NULL OR not_before <= coalesce($5, clock_timestamp()))
+      AND ends_at > coalesce($5, clock_timestamp())
     ORDER BY rank_ms, queue_id LIMIT w.spare) line)
 UPDATE a2a_queue q SET status = 'dispatched', owner = $4, delivery_no = delivery_no + 1,
   dispatched_at = coalesce($5, clock_timestamp()), rev = q.rev + 1
@@ -196,12 +199,14 @@ SELECT w.workspace_id, w.lane, line.place, line.first_rank, line.enqueued_epoch
 FROM unnest($1::text[], $2::int[], $3::smallint[], $4::bigint[]) WITH ORDINALITY AS w(workspace_id, spare, lane, floor, n)
 CROSS JOIN LATERAL (
   SELECT * FROM (
-    SELECT q.ctid AS place, q.rank_ms, q.queue_id, q.not_before, first_value(q.rank_ms) OVER along AS first_rank,
+    SELECT q.ctid AS place, q.rank_ms, q.queue_id, q.not_before, least(q.expires_at, q.give_up_at) AS ends_at,
+           first_value(q.rank_ms) OVER along AS first_rank,
            extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch
     FROM a2a_queue q
     WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' AND q.lane = w.lane AND q.rank_ms >= w.floor
     WINDOW along AS (ORDER BY q.rank_ms, q.queue_id ROWS UNBOUNDED PRECEDING)) waiting
-  WHERE not_before IS NULL OR not_before <= coalesce($5, clock_timestamp())
+  WHERE (not_before IS NULL OR not_before <= coalesce($5, clock_timestamp()))
+    AND ends_at > coalesce($5, clock_timestamp())
   ORDER BY rank_ms, queue_id LIMIT w.spare) line
 
 -- name: claim_places
@@ -213,10 +218,11 @@ RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempt
           extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch
 
 -- name: oldest_items
--- Since when the first of a lane waits.
+-- Since when the first of a lane waits; $3: of those that may go then by their own clock.
 SELECT w.workspace_id, w.lane, q.enqueued_at
 FROM unnest($1::text[], $2::smallint[]) AS w(workspace_id, lane) CROSS JOIN LATERAL (
   SELECT enqueued_at FROM a2a_queue WHERE workspace_id = w.workspace_id AND status = 'queued' AND lane = w.lane
+    AND ($3::timestamptz IS NULL OR not_before IS NULL OR not_before <= $3)
   ORDER BY rank_ms, queue_id LIMIT 1) q
 
 -- name: shift_clocks

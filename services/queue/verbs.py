@@ -62,6 +62,8 @@ async def retry(connection: Connection, fact: QueueQuery) -> Answer:
     failed = await connection.fetchrow(SQL["find_failed"], row["queue_id"])
     if failed is None or not failed["body"]:
         return 409, problem("body_gone", "Its body is no longer kept here. Send the message anew.")
+    if (await store.read(connection, [row["workspace_id"]]))[row["workspace_id"]].removed:
+        return 410, problem("workspace_removed", "The workspace was removed: nobody will deliver it.")
     queue_id = await _insert_again(connection, failed)
     await connection.execute(SQL["set_retried"], failed["queue_id"], queue_id)
     _, body = await show(connection, queue_id)

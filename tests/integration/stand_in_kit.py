@@ -19,7 +19,7 @@ from tests.integration.conftest import Replica, replica
 from tests.integration.proxy_kit import Proxy, nothing_left
 
 Said = tuple[int, Mapping[str, Any]]
-UNKNOWN: Said = (404, {"code": "unknown_item", "detail": "There is no such item, or it is not yours."})
+UNKNOWN: Said = (404, {"code": "item_unknown", "detail": "There is no such item, or it is not yours."})
 _QUEUES = ("message.busy", "queue.query", "workspace.registered", "workspace.changed", "workspace.removed")
 
 

@@ -204,6 +204,26 @@ async def test_a_caller_has_so_many_critical_messages_a_minute(
         assert (await front.say(name, caller="other", token=other, metadata=CRITICAL)).status == 202
 
 
+async def test_what_the_queue_knows_already_is_given_back_to_the_quota(stack: Stack, queue: StandIn) -> None:
+    """A-P-13: a client's retries under one key are one message, also while the quota lasts; so is one never kept."""
+    async with proxy(stack, critical_per_minute=2, query_timeout_s=5.0, kept_wait_s=5.0) as front:
+        await front.ready()
+        name = fresh()
+        await front.register(name)
+        alarm: dict[str, Any] = {
+            "caller": "alarm",
+            "token": await key(front, "alarm", "critical"),
+            "metadata": CRITICAL,
+        }
+        first = await front.say(name, **alarm, message_id="m-1")
+        queue.on_kept = lambda fact: {"duplicate_of": first.json()["queue_id"]} if fact.explicit_key else {}
+        for _ in range(4):
+            again = await front.say(name, **alarm, message_id="m-1", idempotency_key="k")
+            assert (again.status, again.json()["queue_id"]) == (202, first.json()["queue_id"])
+        assert (await front.say(name, **alarm)).status == 202
+        assert (await front.say(name, **alarm)).status == 429
+
+
 # ── what is said, always ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -139,6 +139,29 @@ async def test_a_cancel_is_recorded_and_says_whether_its_agent_has_it(ring: Ring
     assert [row[:2] for row in await ring.recorded()] == [("lead", "cancel")] * 2
 
 
+@pytest.mark.parametrize("way", ["DELETE", "retry", "promote", "tasks/cancel"])
+async def test_a_verb_follows_an_id_that_turned_out_to_be_a_repeat(ring: Ring, way: str) -> None:
+    """GET shows the first one's item under it; "it has ended" would be untrue of a message that still waits."""
+    first = uuid7()
+    ring.queue.says["item"] = lambda asked: (
+        (200, item(OLD, ring.name, status="superseded", superseded_by=str(first)))
+        if asked.queue_id == OLD
+        else (200, item(first, ring.name))
+    )
+    for verb in ("cancel", "retry", "promote"):
+        ring.queue.says[verb] = lambda _: (200, item(first, ring.name, status="canceled"))
+    if way == "DELETE":
+        reply = await ring.front.call("DELETE", f"/queue/{OLD}", token=ring.tokens["lead"])
+    elif way == "tasks/cancel":
+        call = {"jsonrpc": "2.0", "id": 1, "method": way, "params": {"id": str(OLD)}}
+        reply = await ring.post(f"/workspaces/{ring.name}/a2a", call, by="lead")
+        assert reply.json()["result"]["id"] == str(OLD), "he goes on with the id that he was told"
+    else:
+        reply = await ring.post(f"/queue/{OLD}/{way}")
+    assert reply.status == 200, reply.body
+    assert ring.queue.asked[-1].queue_id == first
+
+
 async def test_an_item_that_was_promised_a_moment_ago_is_not_denied(ring: Ring) -> None:
     """A-Q-12: the queue has not read it, so nothing can be done to it yet; that is no 404."""
     ring.queue.on_kept = lambda _: None

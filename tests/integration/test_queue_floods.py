@@ -138,3 +138,40 @@ async def test_since_when_critical_waits_is_told(bench: Bench) -> None:
         assert waits.waiting_by_priority == {Priority.CRITICAL: 2, Priority.TASK: 1}
         await serve(bench, connection, 2)
         assert (await told(connection)).critical_waiting_since is None
+
+
+async def test_critical_that_is_to_wait_pre_empts_nobody(bench: Bench) -> None:
+    """Since when CRITICAL waits is said of what could go: not of one whose own time has not come."""
+    async with bench.pool.acquire() as connection:
+        await claim_kit.load(connection, "w", 0)
+        (later,) = await put(bench, connection, Priority.CRITICAL, 1, ago_s=70)
+        at = "UPDATE a2a_queue SET not_before = now() + make_interval(secs => $2) WHERE queue_id = $1"
+        await connection.execute(at, later, 3600.0)
+        assert (await told(connection)).critical_waiting_since is None
+        await put(bench, connection, Priority.CRITICAL, 1, ago_s=20)
+        since = (await told(connection)).critical_waiting_since
+        assert since is not None
+        assert timedelta(seconds=20) <= datetime.now(UTC) - since < timedelta(seconds=60), "the one that may go"
+        await connection.execute(at, later, -1.0)
+        since = (await told(connection)).critical_waiting_since
+        assert since is not None
+        assert datetime.now(UTC) - since >= timedelta(seconds=70), "its time has come"
+
+
+@pytest.mark.parametrize("critical", [False, True], ids=["the rest", "both lanes"])
+@pytest.mark.parametrize(
+    ("left_s", "goes"), [(-0.01, False), (0.0, False), (0.01, True)], ids=["past", "at its end", "in time"]
+)
+async def test_what_is_past_its_time_is_not_delivered(
+    bench: Bench, left_s: float, *, goes: bool, critical: bool
+) -> None:
+    """A-Q-16: the sweep that ends it may come seconds later; nobody is to be fed with it meanwhile."""
+    async with bench.pool.acquire() as connection:
+        await claim_kit.load(connection, "w", 0)
+        (stale,) = await put(bench, connection, Priority.INFO, 1)
+        (task,) = await put(bench, connection, Priority.TASK, 1)
+        urgent = await put(bench, connection, Priority.CRITICAL, 1) if critical else []
+        now = datetime.now(UTC)
+        ends = "UPDATE a2a_queue SET expires_at = $2 WHERE queue_id = $1"
+        await connection.execute(ends, stale, now + timedelta(seconds=left_s))
+        assert await serve(bench, connection, 3, now) == [*urgent, task, *([stale] if goes else [])]

@@ -350,12 +350,12 @@ async def test_every_item_that_waits_says_why(front: Door) -> None:
         critical = front.busy(name, "c", priority=Priority.CRITICAL)
         await front.keep(critical)
         words, fields = await why(late)
-        assert words.endswith("; CRITICAL goes first, and 1 of it wait")
+        assert words.endswith("; CRITICAL goes first (1 of it here)")
         assert (fields["critical_ahead"], fields["ahead"]) == (1, 1)
         await front.register(name, worker.url)
         await worker.until(lambda: len(worker.received) == 1)
         words, fields = await why(late)
-        assert fields["reason"] == "at_capacity"
+        assert fields["reason"] == "not_before"
         assert (fields["in_use"], fields["max_concurrent_tasks"]) == (1, 1)
         await front.register(name, worker.url, maximum=2)
         await worker.until(lambda: len(worker.received) == 2)

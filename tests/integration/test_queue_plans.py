@@ -92,7 +92,7 @@ FAR = "'w', 1::smallint, 9999999999999, '00000000-0000-0000-0000-000000000000'"
 PLANS = {
     "claim_items": ("'{w}', '{1}', '{0}', 'me', NULL", "a2a_queue_waiting", 30),
     "line_heads": ("'{w,w}', '{2,2}', '{0,1}', '{0,0}', NULL", "a2a_queue_waiting", 20),
-    "oldest_items": ("'{w,w}', '{0,1}'", "a2a_queue_waiting", 20),
+    "oldest_items": ("'{w,w}', '{0,1}', now()", "a2a_queue_waiting", 20),
     "list_waiting": (f"{LISTED}, 51, NULL", "a2a_queue_waiting", 70),
     "count_ahead": (FAR, "a2a_queue_waiting", 1100),
     "ending_items": ("NULL, NULL, NULL, 500", "a2a_queue_ending", 10),

@@ -221,6 +221,16 @@ async def test_counters_are_held_against_rows_without_counting_the_backlog(rows:
     assert counted * 5 < whole
 
 
+async def test_critical_that_no_counter_knows_is_found_however_long_the_line(rows: Pool, stack: Stack) -> None:
+    """B-06: without its counter no claim looks into its lane, and the wrong counter was above the bound."""
+    await fill(rows, "deep", 3_000)
+    await rows.execute("UPDATE a2a_queue SET priority = 100, lane = 0 WHERE rank_ms > 2998")
+    assert await loops(stack, rows).reconcile() > 0
+    counters = await rows.fetchrow("SELECT waiting, waiting_critical FROM workspaces WHERE workspace_id = 'deep'")
+    assert counters is not None
+    assert tuple(counters) == (3_000, 2)
+
+
 async def buffers(connection: Connection | Pool, query: str, *arguments: Any) -> int:
     """Blocks that `query` touches."""
     plan = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", *arguments)

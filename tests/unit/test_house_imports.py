@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "letters": {"store", "aside"},
     "items": {"store", "decide"},
     "verbs": {"store", "decide", "items", "loops"},
-    "answers": {"store", "decide", "drain", "items", "loops", "verbs", "letters"},
+    "answers": {"store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters"},
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }
 

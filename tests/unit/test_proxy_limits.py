@@ -83,3 +83,15 @@ def test_nobody_gets_more_than_the_burst_and_the_rate(per_s: float, burst: int, 
         now += gap
         taken += limit.take(LEAD, now) == 0
         assert taken <= burst + (now - NOW) * per_s + 0.01
+
+
+def test_what_was_not_done_after_all_is_given_back_once() -> None:
+    limit = spent(Limit(1.0, 3), 3)
+    limit.give_back(LEAD)
+    limit.give_back(OTHER)
+    assert limit.take(LEAD, NOW) == 0
+    assert limit.take(LEAD, NOW) > 0
+    spent(limit, 3, NOW + 100)
+    limit.give_back(LEAD)
+    limit = spent(limit, 1, NOW + 100)
+    assert limit.take(LEAD, NOW + 100) > 0

@@ -374,7 +374,7 @@ FULL = replace(OPEN, running=1, ceiling_s=1800)
         pytest.param(
             replace(FULL, waiting_critical=2),
             {"position": 4},
-            "4th in line: its agent is at 1/1; CRITICAL goes first, and 2 of it wait",
+            "4th in line: its agent is at 1/1; CRITICAL goes first (2 of it here)",
             "at_capacity",
             id="behind CRITICAL",
         ),
@@ -382,6 +382,10 @@ FULL = replace(OPEN, running=1, ceiling_s=1800)
         pytest.param(
             OPEN, {"not_before": NOW + 5, "attempts": 1},
             "next in line: after a failed attempt it waits for another 5 s", "not_before", id="its own clock",
+        ),
+        pytest.param(
+            FULL, {"not_before": NOW + 5}, "next in line: it waits for another 5 s", "not_before",
+            id="its own clock, and its agent is full",
         ),
         pytest.param(
             replace(OPEN, paused=True, paused_at=NOW - 12_000), {},

@@ -51,10 +51,16 @@ class Situation:
             rate_wait_s=rate_wait_s,
         )
 
-    def count(self, message: Message, arrival: Arrival, verdict: Verdict) -> None:
-        """Count a message that was decided on against its caller's quota."""
-        if message.priority is Priority.CRITICAL and takes_place(arrival, verdict):
+    def count(self, message: Message, arrival: Arrival, verdict: Verdict) -> bool:
+        """Count a message that was decided on against its caller's quota; whether it was."""
+        counts = message.priority is Priority.CRITICAL and takes_place(arrival, verdict)
+        if counts:
             self._critical.spend(message.caller.caller_hash, time.monotonic())
+        return counts
+
+    def uncount(self, message: Message) -> None:
+        """It took no place after all: the queue knew it, or it was never kept."""
+        self._critical.give_back(message.caller.caller_hash)
 
     def arrival(self, head: Head, message: Message, workspace: Workspace) -> Arrival:
         now = time.time()

@@ -15,7 +15,7 @@ from services.proxy.api.forms import CancelMany
 from services.proxy.api.identity import Caller, Identity, digest, display
 from services.proxy.api.questions import AWAY, NOT_YET, Found, Questions, Verb, scope
 from services.proxy.api.queue import item_id, page_limit, passed
-from services.proxy.api.wire import Refused, Request, Response, validated
+from services.proxy.api.wire import Refused, Request, Response, own_id, validated
 from services.proxy.api.workspaces import noted
 from services.proxy.decide import Refuse
 from services.proxy.settings import Settings
@@ -103,7 +103,9 @@ class Verbs:
         item = await self._questions.item(queue_id, caller)
         if isinstance(item, Refuse):
             raise Refused(item)
-        workspace_id = str(item.read()["workspace_id"])
+        said = item.read()
+        workspace_id = str(said["workspace_id"])
+        queue_id = own_id(said.get("queue_id")) or queue_id  # the first one's, where this turned out to be a repeat
         await self._record(caller, verb, workspace_id, {"queue_id": str(queue_id), "note": note})
         found = await self._questions.ask(verb, queue_id=queue_id, caller_hash=scope(caller), workspace_id=workspace_id)
         if found is not None and found.status == 404 and promised:  # noqa: PLR2004

@@ -38,6 +38,12 @@ class Limit:
         self._full_at.move_to_end(caller)
         self._forget(now)
 
+    def give_back(self, caller: bytes) -> None:
+        """It turned out not to be done: at most once for each `spend`."""
+        full_at = self._full_at.get(caller)
+        if full_at is not None and self.per_s:
+            self._full_at[caller] = full_at - 1 / self.per_s
+
     def take(self, caller: bytes, now: float) -> float:
         """Do it if it may be done: how long to wait, 0 where it is done."""
         wait_s = self.wait_s(caller, now)

@@ -31,6 +31,7 @@ from services.queue.decide.workspace import (
     leave,
     lowered,
     paused,
+    place_told,
     spare,
     taken,
     turn_s,
@@ -40,5 +41,6 @@ __all__ = [
     "CRITICAL_LANE", "INFO_PATIENCE_MS", "REST_LANE",
     "Closed", "Ending", "Fate", "Finish", "Floors", "Forwards", "Head", "Item", "Place", "Reply", "Requeue", "Waiting",
     "Workspace", "begin", "busy_wait_s", "by_priority", "closed", "end", "fate", "hear_beat", "hear_forwards", "keep",
-    "lane", "leave", "lowered", "may_go_back", "paused", "rank", "spare", "taken", "turn_s", "turns", "why",
+    "lane", "leave", "lowered", "may_go_back", "paused", "place_told", "rank", "spare", "taken", "turn_s", "turns",
+    "why",
 ]  # fmt: skip

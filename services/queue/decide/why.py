@@ -47,7 +47,7 @@ def why(workspace: Workspace, item: Waiting, now: float) -> tuple[str, dict[str,
         parts.append(f"in {_span(passable_s)} a newer TASK can no longer overtake it")
     if workspace.waiting_critical and item.priority is not Priority.CRITICAL:
         fields["critical_ahead"] = workspace.waiting_critical
-        parts.append(f"CRITICAL goes first, and {workspace.waiting_critical} of it wait")
+        parts.append(f"CRITICAL goes first ({workspace.waiting_critical} of it here)")
     place = "next in line" if item.position <= 1 else f"{item.position}{_ordinal(item.position)} in line"
     return f"{place}: {'; '.join(parts)}", fields
 
@@ -55,9 +55,9 @@ def why(workspace: Workspace, item: Waiting, now: float) -> tuple[str, dict[str,
 def _reason(workspace: Workspace, item: Waiting, reason: Closed | None, in_use: int, now: float) -> str:
     if reason is not None:
         return reason.value
-    if in_use >= workspace.max_concurrent:
-        return "at_capacity"
-    return "not_before" if item.not_before is not None and item.not_before > now else "in_line"
+    if item.not_before is not None and item.not_before > now:
+        return "not_before"
+    return "at_capacity" if in_use >= workspace.max_concurrent else "in_line"
 
 
 def _words(workspace: Workspace, item: Waiting, reason: Closed | None, in_use: int, now: float) -> str:

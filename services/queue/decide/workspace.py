@@ -127,6 +127,11 @@ def by_priority(workspace: Workspace) -> dict[Priority, int]:
     return {priority: count for priority, count in counts.items() if count}
 
 
+def place_told(workspace: Workspace, priority: Priority) -> int:
+    """The place of a message of this priority that was kept last: at the latest, for TASK may pass some INFO."""
+    return workspace.waiting_critical if priority is Priority.CRITICAL else workspace.waiting
+
+
 def turn_s(workspace: Workspace) -> float | None:
     """How long a delivery takes here: the median of the newest."""
     return sorted(workspace.turns_s)[len(workspace.turns_s) // 2] if workspace.turns_s else None

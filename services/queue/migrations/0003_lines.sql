@@ -13,6 +13,7 @@ ALTER TABLE workspaces DROP COLUMN floor, DROP COLUMN floor_rev,
   ADD COLUMN turns_s           float8[] NOT NULL DEFAULT '{}';   -- lengths of the newest answered deliveries
 
 UPDATE workspaces w SET paused_at = CASE WHEN paused THEN now() END,
+  waiting = (SELECT count(*) FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued'),
   waiting_critical = (SELECT count(*) FROM a2a_queue q
                       WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' AND q.priority = 100),
   waiting_info = (SELECT count(*) FROM a2a_queue q

@@ -115,10 +115,12 @@ def _forwards(value: Mapping[str, Any]) -> Forwards:
     )
 
 
-async def oldest(connection: Connection, lanes: Iterable[tuple[str, int]]) -> dict[tuple[str, int], datetime]:
-    """Since when the first of each of these lanes waits."""
+async def oldest(
+    connection: Connection, lanes: Iterable[tuple[str, int]], *, may_go_at: datetime | None = None
+) -> dict[tuple[str, int], datetime]:
+    """Since when the first of each of these lanes waits, or the first whose own clock lets it go at that moment."""
     wanted = list(lanes)
-    rows = await connection.fetch(SQL["oldest_items"], *columns(wanted)) if wanted else []
+    rows = await connection.fetch(SQL["oldest_items"], *columns(wanted), may_go_at) if wanted else []
     return {(row["workspace_id"], row["lane"]): row["enqueued_at"] for row in rows}
 
 

@@ -223,6 +223,8 @@ class Model:
         for name in sorted(set(names)):
             seat = self.seat(name)
             ready = [each for each in self.of(name, "queued") if each.not_before is None or each.not_before <= now]
+            # What is past its time is nobody's any more, also before the sweep has said so.
+            ready = [each for each in ready if min(each.expires_at or each.give_up_at, each.give_up_at) > now]
             found = sum(item.queue_id in claimed for item in ready)
             room = min(len(ready), seat.capacity(now))
             if seat.is_blurred():

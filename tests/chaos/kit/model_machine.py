@@ -171,6 +171,7 @@ class QueueMachine(Deliveries):
                 await self.beaten(last, self.model.seat(name), active=0)
             await self._judge(last, ripe=True)
             await self.swept(last)
+            await self.expired(last)
             await self.turned(last, [])
             await self.turned(last, [(0, "delivered")] * len(last.drain.running))
             await self.check()
