@@ -332,8 +332,8 @@ class WorkspaceStatus(Fact):
 class ScheduleQuery(Fact):
     """A question or a command about schedules; answered with QueryAnswered to `reply_to`.
 
-    A command (`create`, `patch`, `delete`, `run`, `pause`, `resume`) answers after its commit, may be sent again, and is
-    refused after `expires_at`.
+    A command (`create`, `patch`, `delete`, `run`, `pause`, `resume`) answers after its commit, may be sent again, and
+    is refused after `expires_at`.
     """
 
     query_id: UUID

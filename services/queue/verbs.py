@@ -50,7 +50,10 @@ async def cancel(connection: Connection, fact: QueueQuery) -> Answer:
 
 
 async def retry(connection: Connection, fact: QueueQuery) -> Answer:
-    """Make a new item of one that ended badly: the same body, no key, a new give-up. One retry for each item."""
+    """Make a new item of one that ended badly: the same body, no key, a new give-up. One retry for each item.
+
+    Of a tick it makes a message, with the prompt that was sent: its fire has been settled, and is not settled again.
+    """
     row = await find(connection, fact)
     if row is None:
         return UNKNOWN
@@ -60,6 +63,9 @@ async def retry(connection: Connection, fact: QueueQuery) -> Answer:
         words = f"The item is {row['status']}. Only one that failed, expired or was canceled can be sent again."
         return 409, problem("not_ended_badly", words)
     failed = await connection.fetchrow(SQL["find_failed"], row["queue_id"])
+    if row["schedule_id"] is not None and (failed is None or not failed["body"]):
+        words = "It is a tick, and no message was made of it yet. Run its schedule instead."
+        return 409, problem("never_sent", words)
     if failed is None or not failed["body"]:
         return 409, problem("body_gone", "Its body is no longer kept here. Send the message anew.")
     queue_id = await _insert_again(connection, failed)

@@ -15,6 +15,21 @@ from services.queue.decide.line import (
     rank,
     turns,
 )
+from services.queue.decide.ticks import (
+    Admission,
+    Keep,
+    Merge,
+    Outcome,
+    Overlap,
+    Schedule,
+    Settle,
+    Tick,
+    admit,
+    has_room,
+    merged,
+    outcome,
+    withdrawn,
+)
 from services.queue.decide.why import Waiting, why
 from services.queue.decide.workspace import (
     Closed,
@@ -37,8 +52,9 @@ from services.queue.decide.workspace import (
 )
 
 __all__ = [
-    "CRITICAL_LANE", "INFO_PATIENCE_MS", "REST_LANE",
-    "Closed", "Ending", "Fate", "Finish", "Floors", "Forwards", "Head", "Item", "Place", "Reply", "Requeue", "Waiting",
-    "Workspace", "begin", "busy_wait_s", "by_priority", "closed", "end", "fate", "hear_beat", "hear_forwards", "keep",
-    "lane", "leave", "lowered", "may_go_back", "paused", "rank", "spare", "taken", "turn_s", "turns", "why",
+    "CRITICAL_LANE", "INFO_PATIENCE_MS", "REST_LANE", "Admission", "Closed", "Ending", "Fate", "Finish", "Floors",
+    "Forwards", "Head", "Item", "Keep", "Merge", "Outcome", "Overlap", "Place", "Reply", "Requeue", "Schedule",
+    "Settle", "Tick", "Waiting", "Workspace", "admit", "begin", "busy_wait_s", "by_priority", "closed", "end", "fate",
+    "has_room", "hear_beat", "hear_forwards", "keep", "lane", "leave", "lowered", "may_go_back", "merged", "outcome",
+    "paused", "rank", "spare", "taken", "turn_s", "turns", "why", "withdrawn",
 ]  # fmt: skip
