@@ -154,8 +154,8 @@ class _Lines:
             assert isinstance(fact, TickSettled)
             TICKS.labels(fact.outcome).inc()
             log.info(
-                f"fire_{fact.outcome}", workspace_id=fact.workspace_id, schedule_id=str(fact.schedule_id),
-                fire_at=fact.fire_at.isoformat(), reason=fact.reason,
+                "fire_settled", workspace_id=fact.workspace_id, schedule_id=str(fact.schedule_id),
+                fire_at=fact.fire_at.isoformat(), outcome=fact.outcome, reason=fact.reason,
             )  # fmt: skip
 
 

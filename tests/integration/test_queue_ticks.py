@@ -11,11 +11,12 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from services.queue import deliver
+from services.queue.history import History
 from shared.batches import encode
 from shared.facts import Priority, ScheduleChanged, ScheduleTick
 from tests.conftest import Stack, until
 from tests.integration.calendar_kit import Calendar, at, calendar, free, said, tick
-from tests.integration.queue_kit import agent, queue_service
+from tests.integration.queue_kit import agent, queue_service, queue_settings
 
 LONG = 60.0
 """A turn that ends when the test says so."""
@@ -243,6 +244,28 @@ async def test_a_tick_waits_for_the_word_of_its_rev_and_holds_up_nobody(days: Ca
         assert said(worker.received[-1])["rev"] == 3
 
 
+async def test_what_waits_for_its_turn_waits_for_the_word_of_a_newer_fire_too(days: Calendar) -> None:
+    """C-E1: the fire says that there is a newer prompt; the older one is not run in its name."""
+    name, schedule = fresh()
+    async with agent(name, work_s=LONG) as worker:
+        await days.front.register(name, worker.url)
+        await days.say(name, schedule, 1, "old")
+        await days.front.keep(days.front.busy(name, "long"))
+        await worker.until(lambda: worker.active == 1)
+        waits = await days.fire(name, schedule, 0)
+        await days.waiting(waits)
+        await days.fire(name, schedule, 1, rev=2)
+        await days.waiting(waits, 2)
+        await days.front.keep(user := days.front.busy(name, "user"))
+        worker.behave(work_s=0.01)
+        free(worker)
+        await days.front.ended(user.queue_id)
+        assert (await days.front.item(waits))["waits"]["reason"] == "awaits_prompt"
+        await days.say(name, schedule, 2, "new")
+        await days.front.ended(waits)
+        assert [each.text for each in worker.received] == ["long", "user", "new"]
+
+
 async def test_facts_that_come_twice_late_and_out_of_order_are_in_effect_once(days: Calendar) -> None:
     """C-V1: a shuffled bus; the newest rev counts, and each fire."""
     name, schedule = fresh()
@@ -396,6 +419,58 @@ async def test_a_tick_that_is_given_up_on_has_failed_and_one_for_a_removed_works
     assert [days.told(schedule, minute).began_at for minute in (0, 1)] == [None, None]
 
 
+async def test_a_replica_that_stops_leaves_its_tick_to_go_on_alone(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C-B4: written back while its agent works; what fired since is a turn of its own."""
+    name, schedule = fresh()
+    async with calendar(stack, monkeypatch) as days, agent(name, work_s=LONG) as worker:
+        async with queue_service(stack, **{**TIMING, "drain_s": 0.0}):
+            await days.front.register(name, worker.url)
+            await days.say(name, schedule, 1, "p")
+            older = await days.fire(name, schedule, 0)
+            await worker.until(lambda: worker.active == 1)
+            newer = await days.fire(name, schedule, 1)
+            await days.waiting(newer)
+        rows = [await days.row(each) for each in (older, newer)]
+        assert [(row["status"], row["body"], row["coalesces"]) for row in rows if row] == [
+            ("queued", b"", False),
+            ("queued", b"", True),
+        ]
+        worker.behave(work_s=0.01)
+        free(worker)
+        async with queue_service(stack, **TIMING):
+            await days.front.ended(older, newer)
+            assert set((await days.outcomes(schedule, 2)).values()) == {("delivered", None)}
+            assert {each.queue_id for each in worker.received} == {str(older), str(newer)}
+            assert await counted(days, name) == (0, 0)
+
+
+async def test_a_tick_whose_task_its_agent_accepted_is_followed_through_a_restart_and_a_pause(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C-B4, C-E4: it runs already, whatever its schedule says since; it is neither sent again nor withdrawn."""
+    name, schedule = fresh()
+    behaviour = {"asynchronous": True, "work_s": LONG}
+    async with calendar(stack, monkeypatch) as days, agent(name, behaviour=behaviour) as worker:
+        async with queue_service(stack, **{**TIMING, "drain_s": 0.0}):
+            await days.front.register(name, worker.url)
+            await days.say(name, schedule, 1, "p")
+            running = await days.fire(name, schedule, 0)
+
+            async def accepted() -> bool:
+                row = await days.row(running)
+                return row is not None and row["agent_task_id"] is not None
+
+            await until(accepted)
+        async with queue_service(stack, **TIMING):
+            assert (await days.say(name, schedule, 2, "p", paused=True)).withdrawn == 0
+            free(worker)
+            await days.front.ended(running)
+            assert len(worker.received) == 1
+            assert await days.outcomes(schedule, 1) == {0: ("delivered", None)}
+
+
 # ── verbs, and what cannot be read ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -448,6 +523,22 @@ async def test_one_bad_fact_of_the_calendar_takes_no_other_along(days: Calendar)
         assert [json.loads(each.body)["params"]["message"]["parts"][0]["text"] for each in worker.received] == [prompt]
         letters = await days.rows.fetch("SELECT fact_type, reason FROM dead_letters ORDER BY 1")
         assert [tuple(row) for row in letters] == [("ScheduleChanged", "invalid"), ("ScheduleTick", "invalid")]
+
+
+async def test_a_deleted_schedule_is_forgotten_after_a_while_and_a_living_one_is_not(
+    days: Calendar, stack: Stack
+) -> None:
+    (name, gone), (_, late), (_, lives) = fresh(), fresh(), fresh()
+    for schedule in (gone, late, lives):
+        await days.say(name, schedule, 1, "p")
+    await days.say(name, gone, 2, deleted=True)
+    await days.say(name, late, 2, deleted=True)
+    assert not await days.rows.fetchval("SELECT prompt FROM schedules WHERE schedule_id = $1", gone)
+    before = "UPDATE schedules SET changed_at = now() - interval '30 days' WHERE schedule_id = ANY($1)"
+    await days.rows.execute(before, [gone, lives])
+    await History(queue_settings(stack), days.rows).run_once()
+    left = await days.rows.fetch("SELECT schedule_id FROM schedules")
+    assert {row["schedule_id"] for row in left} == {late, lives}
 
 
 async def test_two_replicas_settle_each_fire_once(days: Calendar, stack: Stack) -> None:
