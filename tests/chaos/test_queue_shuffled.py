@@ -233,7 +233,7 @@ async def state(side: Replica) -> dict[str, object]:
             place = (
                 row.get("lane"),
                 row.get("rank_ms"),
-                row.get("expires_at"),
+                row.get("expires_at") is not None,  # a pause gives its time back, however long it was seen
                 row.get("cancel_at"),
                 row.get("reason"),
             )
