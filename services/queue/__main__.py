@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from services.queue.answers import Answers
-from services.queue.aside import end_unreadable
+from services.queue.aside import end_unreadable, settle_unreadable
 from services.queue.drain import Drain
 from services.queue.handlers import Handlers
 from services.queue.history import History
@@ -50,7 +50,7 @@ async def main(settings: Settings) -> None:
         service.reader.store(WorkspaceRemoved, handlers.removed)
         service.reader.store(QueueQuery, answers.query)
         service.reader.store(ScheduleChanged, ticks.changed)
-        service.reader.store(ScheduleTick, ticks.fired)
+        service.reader.store(ScheduleTick, ticks.fired, aside=settle_unreadable)
         service.reader.store_undeliverable()
         await loops.beat()  # a delivery of ours must never stand without an owner that beats
         try:

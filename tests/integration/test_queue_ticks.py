@@ -508,7 +508,7 @@ async def test_what_may_be_done_with_an_item_may_be_done_with_a_tick(days: Calen
 
 
 async def test_one_bad_fact_of_the_calendar_takes_no_other_along(days: Calendar) -> None:
-    """C-R5: what cannot be read goes alone; a prompt may hold whatever JSON may."""
+    """C-R5, C-V1: what cannot be read goes alone, and its fire has failed; a prompt may hold whatever JSON may."""
     name, schedule = fresh()
     prompt = 'nul \0, quotes ", émigré, 語\n'
     async with agent(name, work_s=0.01) as worker:
@@ -521,6 +521,7 @@ async def test_one_bad_fact_of_the_calendar_takes_no_other_along(days: Calendar)
         await days.front.register(name, worker.url)
         await days.front.ended(good.queue_id)
         assert [json.loads(each.body)["params"]["message"]["parts"][0]["text"] for each in worker.received] == [prompt]
+        assert await days.outcomes(schedule, 2) == {0: ("failed", "unreadable"), 1: ("delivered", None)}
         letters = await days.rows.fetch("SELECT fact_type, reason FROM dead_letters ORDER BY 1")
         assert [tuple(row) for row in letters] == [("ScheduleChanged", "invalid"), ("ScheduleTick", "invalid")]
 
