@@ -1,4 +1,5 @@
--- Statements of queue. Lock order: workspaces by id → schedules by id → idempotency_keys → a2a_queue by queue_id → a2a_finished → outbox.
+-- Statements of queue. Lock order: workspaces by id → schedules by id → idempotency_keys → a2a_queue by queue_id →
+-- a2a_finished → outbox.
 -- An item moves only under the lock of its workspace, so the counters there are exact and no claim can race another.
 -- $n "now" is a moment that a test passes; null: the database's clock.
 
@@ -289,7 +290,7 @@ WHERE q.owner = $1 AND q.status = 'dispatched'
 -- name: ending_instead
 -- Of items that would go back: those that somebody wants canceled, and ticks, with what their schedule says now.
 SELECT q.queue_id, q.cancel_at IS NOT NULL AS canceled, q.schedule_id, q.rev_needed, q.agent_task_id, s.rev, s.paused,
-       s.deleted
+       s.schedule_id IS NULL OR s.deleted AS deleted
 FROM a2a_queue q LEFT JOIN schedules s ON s.schedule_id = q.schedule_id
 WHERE q.queue_id = ANY($1::uuid[]) AND (q.cancel_at IS NOT NULL OR q.schedule_id IS NOT NULL)
 

@@ -23,8 +23,11 @@ from shared.facts import ScheduleApplied, ScheduleChanged, ScheduleTick, TickSet
 from shared.topology import Kind, Route
 from tests.conftest import Stack, until
 from tests.integration.conftest import replica
-from tests.integration.queue_kit import Door, door
+from tests.integration.queue_kit import Door, door, queue_service
 
+LONG = 60.0
+"""A turn that ends when the test says so."""
+TIMING = {"sweep_s": 0.3, "reconcile_s": 0.3, "busy_cap_s": 0.2, "follow_min_s": 0.1, "follow_max_s": 0.2}
 NOON = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 TABLES = (
     "a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas, schedules, "
@@ -146,6 +149,25 @@ async def calendar(stack: Stack, patch: pytest.MonkeyPatch) -> AsyncIterator[Cal
         side.reader.store(TickSettled, settled)
         await side.reader.start()
         yield opened
+
+
+@pytest.fixture
+async def days(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Calendar]:
+    """A calendar, and the queue service."""
+    async with calendar(stack, monkeypatch) as opened, queue_service(stack, **TIMING):
+        yield opened
+        counters = "SELECT workspace_id, waiting, running FROM workspaces WHERE waiting < 0 OR running < 0"
+        assert not await opened.rows.fetch(counters)
+
+
+def fresh() -> tuple[str, UUID]:
+    """A workspace and a schedule of it."""
+    return f"w-{uuid7().hex[-8:]}", uuid7()
+
+
+async def counted(days: Calendar, name: str) -> tuple[int, int]:
+    row = await days.rows.fetchrow("SELECT waiting, running FROM workspaces WHERE workspace_id = $1", name)
+    return (row["waiting"], row["running"]) if row else (0, 0)
 
 
 async def _purge(stack: Stack) -> None:

@@ -1,6 +1,6 @@
 """The policies of the queue: the order in a line, what may be delivered, what becomes of an item, and why it waits.
 
-Values in, values out: no clock, no I/O. Times are seconds since 1970. The tables: tests/unit/test_queue_decide.py.
+Values in, values out: no clock, no I/O. Times are seconds since 1970. The tables: tests/unit/test_queue_decide*.py.
 """
 
 from services.queue.decide.fates import Fate, Finish, Item, Reply, Requeue, busy_wait_s, fate, may_go_back
