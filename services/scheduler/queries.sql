@@ -59,7 +59,7 @@ ORDER BY schedule_id LIMIT $3
 
 -- name: count_schedules
 SELECT count(*) FROM (
-  SELECT FROM schedules WHERE workspace_id = $1 AND deleted_at IS NULL LIMIT $2) AS some
+  SELECT FROM schedules WHERE workspace_id = $1 AND deleted_at IS NULL LIMIT $2) AS found
 
 -- name: is_named
 SELECT EXISTS (
@@ -163,9 +163,9 @@ INSERT INTO audit (query_id, caller_id, action, workspace_id, schedule_id, rev, 
 VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING
 
 -- name: measure
-SELECT (SELECT count(*) FROM (SELECT FROM schedules WHERE due_at <= now() LIMIT $1) AS some) AS due,
+SELECT (SELECT count(*) FROM (SELECT FROM schedules WHERE due_at <= now() LIMIT $1) AS found) AS due,
        (SELECT count(*) FROM (
-          SELECT FROM schedules WHERE paused_by_error IS NOT NULL AND deleted_at IS NULL LIMIT $1) AS some) AS failed
+          SELECT FROM schedules WHERE paused_by_error IS NOT NULL AND deleted_at IS NULL LIMIT $1) AS found) AS failed
 
 -- name: forget_fires
 WITH old AS (

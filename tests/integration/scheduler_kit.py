@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 from uuid import UUID
 
+import aio_pika
 import asyncpg
+import pytest
+from aio_pika.abc import AbstractIncomingMessage
 from uuid_utils.compat import uuid7
 
-from services.scheduler import store
 from services.scheduler.__main__ import main
 from services.scheduler.answers import Answers
 from services.scheduler.handlers import Handlers
 from services.scheduler.settings import Settings
 from services.scheduler.ticking import Ticking
+from shared import topology
 from shared.batches import decode_batch
-from shared.broker import Publisher
-from shared.database import Connection, Pool, transact
+from shared.database import Connection, Pool, open_pool, transact
 from shared.facts import Fact, FactT, QueryAnswered, ScheduleChanged, ScheduleQuery, ScheduleTick, TickSettled
 from shared.intake import Tell
 from tests.conftest import Stack
@@ -50,6 +53,36 @@ async def scheduler_service(stack: Stack, **changes: object) -> AsyncIterator[as
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+
+
+def whole(**body: Any) -> dict[str, Any]:
+    """A schedule as its caller writes it: every half hour, if nothing else is said."""
+    rule = {} if body.keys() & {"cron", "every_s", "at"} else {"cron": "*/30 * * * *"}
+    return {"name": str(uuid7()), "prompt": "look", **rule, **body}
+
+
+def query(verb: str, schedule_id: UUID | None, **about: Any) -> ScheduleQuery:
+    body = about.pop("body", {})
+    values = {
+        "workspace_id": "w", "rev": 1, "query_id": uuid7(), "verb": verb, "schedule_id": schedule_id, "by": "anna",
+        "body": body if isinstance(body, bytes) else json.dumps(body).encode(),
+        "expires_at": datetime.now(UTC) + timedelta(minutes=1), "reply_to": "r", **about,
+    }  # fmt: skip
+    return ScheduleQuery.model_validate(values)
+
+
+def settled(tick: ScheduleTick, outcome: str, **about: Any) -> TickSettled:
+    return TickSettled.model_validate(
+        {
+            "workspace_id": tick.workspace_id,
+            "rev": tick.rev,
+            "schedule_id": tick.schedule_id,
+            "fire_at": tick.fire_at,
+            "outcome": outcome,
+            "queue_id": tick.queue_id,
+            **about,
+        }
+    )
 
 
 class Calendar:
@@ -80,7 +113,7 @@ class Calendar:
 
         (await transact(self.pool, work))()
         by_id = {said.query_id: said for said in self._said}
-        return [(by_id[each.query_id].status, Fact_body(by_id[each.query_id])) for each in queries]
+        return [(by_id[each.query_id].status, json.loads(by_id[each.query_id].body)) for each in queries]
 
     async def do(self, verb: str, schedule_id: UUID | None, **about: Any) -> tuple[int, dict[str, Any]]:
         (answer,) = await self.ask(query(verb, schedule_id, **about))
@@ -89,7 +122,7 @@ class Calendar:
     async def create(self, **body: Any) -> UUID:
         """A schedule that is there now; every half hour, if nothing else is said."""
         schedule_id = uuid7()
-        status, said = await self.do("create", schedule_id, body={**_DEFAULT(body), **body})
+        status, said = await self.do("create", schedule_id, body=whole(**body))
         assert status == 201, said
         return schedule_id
 
@@ -129,8 +162,99 @@ class Calendar:
         return await self.told(ScheduleChanged)
 
 
-def Fact_body(said: QueryAnswered) -> dict[str, Any]:  # noqa: N802
-    import json  # noqa: PLC0415
+_MANY = """
+INSERT INTO schedules (schedule_id, workspace_id, name, cron, timezone, anchor_at, prompt, context, overlap, priority,
+                       jitter_s, next_fire_at, due_at)
+SELECT gen_random_uuid(), 'w' || n % 100, n::text, $2, 'UTC', now(), 'p', 'fresh', 'queue_one', 'TASK', 0, $3, $3
+FROM generate_series(1, $1) AS n"""
 
-    body: dict[str, Any] = json.loads(said.body)
-    return body
+
+async def many(pool: Pool, count: int, moment: datetime, *, cron: str = "0 0 1 1 *") -> None:
+    """So many schedules with this moment; once a year, unless the expression says otherwise."""
+    await pool.execute(_MANY, count, cron, moment)
+    await pool.execute("ANALYZE schedules")
+
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.integration.scheduler_kit"])
+
+
+def child(settings: Settings, now: datetime | None, *, dies_after: int | None = None) -> ForkServerProcess:
+    """A process that only fires, until nothing is due; `dies_after` so many statements it kills itself."""
+    process = _processes.Process(target=_fire_all, args=(settings.model_dump(), now, dies_after))
+    process.start()
+    return process
+
+
+def _fire_all(values: dict[str, Any], now: datetime | None, dies_after: int | None) -> None:
+    asyncio.run(_firing(Settings.model_validate(values), now, dies_after))
+
+
+async def _firing(settings: Settings, now: datetime | None, dies_after: int | None) -> None:
+    said = 0
+
+    def count(_record: object) -> None:
+        nonlocal said
+        said += 1
+        if said == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    async def listen(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        if dies_after is not None:
+            connection.add_query_logger(count)
+
+    url = settings.database_url.get_secret_value()
+    async with asyncpg.create_pool(url, min_size=1, max_size=1, init=listen) as pool:
+        ticking = Ticking(settings, pool, told=lambda: None)
+        while await ticking.run_once(now) == 0.0:
+            pass
+
+
+async def ended(process: ForkServerProcess, within_s: float = 60.0) -> int | None:
+    await asyncio.to_thread(process.join, within_s)
+    return process.exitcode
+
+
+async def accounts(pool: Pool) -> dict[str, int]:
+    """What stands after all was fired: fires and ticks, and how far they differ."""
+    row = await pool.fetchrow(
+        """WITH ticks AS (
+             SELECT convert_from(fact, 'UTF8')::json AS fact FROM outbox WHERE fact_type = 'ScheduleTick')
+           SELECT (SELECT count(*) FROM fires) AS fires,
+                  (SELECT count(*) FROM ticks) AS ticks,
+                  (SELECT count(DISTINCT (fact->>'schedule_id', fact->>'fire_at')) FROM ticks) AS distinct_ticks,
+                  (SELECT count(*) FROM fires f JOIN ticks t ON f.queue_id = (t.fact->>'queue_id')::uuid) AS paired,
+                  (SELECT sum(fires_total) FROM schedules) AS counted"""
+    )
+    assert row is not None
+    return dict(row)
+
+
+@asynccontextmanager
+async def listening(stack: Stack, kind: type[FactT]) -> AsyncIterator[list[FactT]]:
+    """What arrives in the queue service's queue of this fact, as the broker hands it out, repeats and all."""
+    found: list[FactT] = []
+    connection = await aio_pika.connect(stack.amqp_url)
+    async with connection:
+        channel = await connection.channel()
+        await topology.declare(channel)
+        queue = await channel.get_queue(topology.route(kind, "queue").queue(""))
+        await queue.purge()
+
+        async def read(message: AbstractIncomingMessage) -> None:
+            facts, unreadable = decode_batch(kind, message.body)
+            assert not unreadable, unreadable
+            found.extend(facts)
+            await message.ack()
+
+        await queue.consume(read)
+        yield found
+
+
+@pytest.fixture
+async def calendar(stack: Stack) -> AsyncIterator[Calendar]:
+    """One replica on empty tables."""
+    settings = scheduler_settings(stack)
+    async with open_pool(settings) as pool:
+        await pool.execute(f"TRUNCATE {TABLES}")
+        yield Calendar(settings, pool)
