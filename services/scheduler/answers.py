@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID
 
 import asyncpg
 
@@ -77,12 +76,9 @@ class Answers:
 
 
 async def _list(connection: Connection, fact: ScheduleQuery) -> Answer:
-    try:
-        after = UUID(fact.cursor) if fact.cursor is not None else UUID(int=0)
-    except ValueError:
-        return _BAD_CURSOR
+    """By name, a page at a time."""
     limit = min(fact.limit, _PAGE_MAX)
-    rows = await connection.fetch(SQL["list_schedules"], fact.workspace_id, after, limit + 1)
+    rows = await connection.fetch(SQL["list_schedules"], fact.workspace_id, fact.cursor or "", limit + 1)
     page: list[asyncpg.Record] = []
     length = 0
     for row in rows[:limit]:
@@ -93,7 +89,7 @@ async def _list(connection: Connection, fact: ScheduleQuery) -> Answer:
     more = len(rows) > len(page)
     return 200, {
         "schedules": [shown(row) for row in page],
-        "next_cursor": str(page[-1]["schedule_id"]) if more else None,
+        "next_cursor": page[-1]["name"] if more else None,
     }
 
 

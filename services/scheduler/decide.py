@@ -24,7 +24,7 @@ Outcome = Literal["delivered", "coalesced", "skipped", "missed", "failed", "ceil
 OUTCOMES: tuple[Outcome, ...] = ("delivered", "coalesced", "skipped", "missed", "failed", "ceiling", "canceled")
 
 CATCH_UP = "catch_up"
-"""Why a fire was coalesced here and not in the queue: its moment passed while nobody looked."""
+"""Why a fire was coalesced here and not in the queue: its moment passed while nobody looked. It is no bounce."""
 
 
 class Rule(Protocol):
@@ -174,9 +174,11 @@ def gives_back(outcome: Outcome, ran: datetime | None) -> bool:
     return ran is None and outcome in {"coalesced", "skipped", "canceled"}
 
 
-def bounced(outcome: Outcome, fire_at: datetime, last_ran_at: datetime | None) -> bool:
-    """Whether it found the agent busy, and nothing has run since: then it is one of the bounces in a row."""
-    return outcome in {"coalesced", "skipped"} and (last_ran_at is None or fire_at > last_ran_at)
+def bounced(outcome: Outcome, fire_at: datetime, merged_into: datetime | None) -> list[datetime]:
+    """The fires that, by this one's end, found their agent busy: itself, and the one that waits for both."""
+    if outcome not in {"coalesced", "skipped"}:
+        return []
+    return [fire_at] if merged_into is None else [fire_at, merged_into]
 
 
 def _moments(

@@ -49,8 +49,10 @@ class Handlers:
         ended = await store.settle_fires(connection, list(first.values()))
         tallies: dict[UUID, _Tally] = defaultdict(_Tally)
         for fire in ended:
-            schedule = rows[fire["schedule_id"]]
-            tallies[fire["schedule_id"]].add(fire, schedule["last_ran_at"])
+            tallies[fire["schedule_id"]].add(fire)
+        for name, fire_at in await store.bounce_fires(connection, ended):
+            last_ran_at = rows[name]["last_ran_at"]
+            tallies[name].bounced += last_ran_at is None or fire_at > last_ran_at
         await store.settle_schedules(
             connection, [each.columns(name, rows[name]) for name, each in sorted(tallies.items())]
         )
@@ -78,13 +80,12 @@ class _Tally:
     bounced: int = 0
     ran_at: datetime | None = None
 
-    def add(self, fire: asyncpg.Record, last_ran_at: datetime | None) -> None:
+    def add(self, fire: asyncpg.Record) -> None:
         outcome = fire["outcome"]
         ran = decide.ran_at(outcome, fire["fire_at"], fire["began_at"])
         self.counts[outcome] += 1
         self.runs += ran is not None
         self.given_back += decide.gives_back(outcome, ran) and not fire["by_hand"]
-        self.bounced += decide.bounced(outcome, fire["fire_at"], last_ran_at)
         if ran is not None:
             self.ran_at = max(ran, self.ran_at or ran)
 

@@ -54,8 +54,8 @@ SELECT * FROM schedules WHERE schedule_id = $1
 
 -- name: list_schedules
 SELECT * FROM schedules
-WHERE workspace_id = $1 AND deleted_at IS NULL AND schedule_id > $2
-ORDER BY schedule_id LIMIT $3
+WHERE workspace_id = $1 AND deleted_at IS NULL AND name > $2
+ORDER BY name LIMIT $3
 
 -- name: count_schedules
 SELECT count(*) FROM (
@@ -124,7 +124,14 @@ SET outcome = mine.outcome, reason = coalesce(mine.reason, f.reason), merged_int
     began_at = mine.began_at, settled_at = now()
 FROM mine
 WHERE f.schedule_id = mine.schedule_id AND f.fire_at = mine.fire_at AND f.outcome IS NULL
-RETURNING f.schedule_id, f.fire_at, f.by_hand, f.outcome, f.began_at
+RETURNING f.schedule_id, f.fire_at, f.by_hand, f.outcome, f.began_at, f.merged_into
+
+-- name: bounce_fires
+-- Each fire bounces once, whoever says so first.
+UPDATE fires f SET bounced = true
+FROM unnest($1::uuid[], $2::timestamptz[]) AS n (schedule_id, fire_at)
+WHERE f.schedule_id = n.schedule_id AND f.fire_at = n.fire_at AND NOT f.bounced
+RETURNING f.schedule_id, f.fire_at
 
 -- name: settle_schedules
 -- `began_at` is the newest run among the settled. Where it is news, `anew`, what has bounced since then is counted.
@@ -137,8 +144,7 @@ SET delivered = s.delivered + n.delivered, coalesced = s.coalesced + n.merged, s
     bounces = CASE
       WHEN n.anew THEN (
         SELECT count(*) FROM fires f
-        WHERE f.schedule_id = s.schedule_id AND f.outcome IN ('coalesced', 'skipped')
-          AND f.reason IS DISTINCT FROM 'catch_up' AND f.fire_at > n.began_at)
+        WHERE f.schedule_id = s.schedule_id AND f.bounced AND f.fire_at > n.began_at)
       ELSE s.bounces + n.bounced END
 FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[],
             $9::bigint[], $10::bigint[], $11::bigint[], $12::timestamptz[], $13::bool[])

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import asyncpg
 
-from services.scheduler.decide import Outcome, Schedule, Several, offset
+from services.scheduler.decide import Outcome, Schedule, Several, bounced, offset
 from shared import outbox
 from shared.database import Connection, load_queries
 from shared.facts import Priority, ScheduleChanged, TickSettled
@@ -165,6 +165,19 @@ async def settle_fires(connection: Connection, facts: Sequence[TickSettled]) -> 
         for fact in sorted(facts, key=lambda fact: (fact.schedule_id, fact.fire_at))
     )
     return await connection.fetch(SQL["settle_fires"], *_turned(rows))
+
+
+async def bounce_fires(connection: Connection, ended: Sequence[asyncpg.Record]) -> list[tuple[UUID, datetime]]:
+    """Mark which fires have bounced by what has ended now; return those that nobody had marked."""
+    keys = {
+        (fire["schedule_id"], moment)
+        for fire in ended
+        for moment in bounced(fire["outcome"], fire["fire_at"], fire["merged_into"])
+    }
+    if not keys:
+        return []
+    rows = await connection.fetch(SQL["bounce_fires"], *_turned(sorted(keys)))
+    return [(row["schedule_id"], row["fire_at"]) for row in rows]
 
 
 async def settle_schedules(connection: Connection, tallies: Sequence[tuple[Any, ...]]) -> None:

@@ -148,8 +148,10 @@ async def _delete(connection: Connection, fact: ScheduleQuery, row: asyncpg.Reco
 
 
 async def _run(connection: Connection, fact: ScheduleQuery, row: asyncpg.Record, now: datetime) -> Answer:
-    """Fire now, also while it is paused or over: a person asked for it, and it takes none of the remaining runs."""
+    """Fire now, also when it is over: a person asked for it, and it takes none of the remaining runs."""
     schedule = store.schedule_of(row)
+    if schedule.paused:  # the queue withdraws what a paused schedule tells it
+        raise Refused("paused", "The schedule is paused. Resume it, and then let it run.", status=409)
     queue_id = uuid7()
     fire = Fire(
         schedule.schedule_id, Several(now, now, 1), schedule.rev, reason="by_hand", queue_id=queue_id, by_hand=True

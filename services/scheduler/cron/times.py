@@ -28,7 +28,7 @@ _EPOCH_ORDINAL = _EPOCH.toordinal()
 _SECOND = timedelta(seconds=1)
 _DAY_MIN = 24 * 60
 _DECEMBER = 12
-_YEAR_LAST = 9998  # in the year after it, a zone's day may lie beyond the calendar of datetime
+_CALENDAR_END = (datetime(9999, 1, 1, tzinfo=UTC) - _EPOCH) // _SECOND  # a year before that of datetime, for the zones
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +79,13 @@ class Cron:
         first minute that matches, if it lies in it (1); else what the gap behind it leaves out (2); else the next one.
         """
         at = (after - _EPOCH) // _SECOND + 1
-        year_last = min(after.year + SEARCH_YEARS, _YEAR_LAST)
-        while after.year < _YEAR_LAST:
+        search_end = min(at + SEARCH_YEARS * 366 * 86_400, _CALENDAR_END)
+        while at < search_end:
             stretch = stretch_at(zone, at)
             wall = at + stretch.offset
             if not self.wildcard:
                 wall = max(wall, stretch.already_shown)
-            found = self._first(-(-wall // 60), until=-(-stretch.wall_gap_end // 60), year_last=year_last)
-            if found is None:
-                return None
+            found = self._first(-(-wall // 60), until=-(-stretch.wall_gap_end // 60))
             if found * 60 < stretch.wall_end:
                 return _EPOCH + timedelta(seconds=found * 60 - stretch.offset)  # (1)
             if not self.wildcard and found * 60 < stretch.wall_gap_end:
@@ -99,17 +97,14 @@ class Cron:
         """Whether any year has such a day: 28 years hold every kind of month."""
         return any(self._days(year, month) for year in range(2000, 2028) for month in self.months)
 
-    def _first(self, minute: int, *, until: int, year_last: int) -> int | None:
+    def _first(self, minute: int, *, until: int) -> int:
         """The first minute from `minute` on that matches, counted on a wall clock from 1970.
 
         The search ends with the month of `until`; a minute at or beyond `until` says that there is none before.
-        None: the years are over.
         """
         number, rest = divmod(minute, _DAY_MIN)
         today = date.fromordinal(_EPOCH_ORDINAL + number)
         year, month, day = today.year, today.month, today.day
-        if year > year_last:
-            return None
         days = self._days(year, month)
         place = bisect_left(days, day)
         if place < len(days) and days[place] == day:
@@ -122,8 +117,6 @@ class Cron:
             if (begin + 1) * _DAY_MIN >= until:
                 return max(until, minute)
             year, month = (year, month + 1) if month < _DECEMBER else (year + 1, 1)
-            if year > year_last:
-                return None
             days, place = self._days(year, month), 0
         return (begin + days[place]) * _DAY_MIN + self.hours[0] * 60 + self.minutes[0]
 

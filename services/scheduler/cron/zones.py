@@ -64,7 +64,7 @@ def stretch_at(zone: ZoneInfo, at: int) -> Stretch:
     return stretches[bisect_right(ends, at)]
 
 
-@lru_cache(maxsize=8192)  # one year of one zone is 0.5 KB and costs 0.1 ms
+@lru_cache(maxsize=8192)  # one year of one zone is 0.5 KB and costs 0.4 ms, once
 def _stretches(zone: ZoneInfo, year: int) -> tuple[tuple[int, ...], tuple[Stretch, ...]]:
     """The stretches that lie in a year, the first from where it began in the year before."""
     earlier, changes = _changes(zone, year - 1), _changes(zone, year)
@@ -91,19 +91,18 @@ def _stretches(zone: ZoneInfo, year: int) -> tuple[tuple[int, ...], tuple[Stretc
 
 @lru_cache(maxsize=8192)
 def _changes(zone: ZoneInfo, year: int) -> tuple[_Change, ...]:
-    """The moments of a year at which the offset changes. No zone has ever changed twice within a day and back."""
+    """The moments at which the offset changes, from after a year's beginning up to its end, which is the next one's.
+
+    Day by day will do: no stretch of any zone since 1971 is shorter than 95 hours.
+    """
     found = []
-    end = _new_year(year + 1)
-    day = _new_year(year)
-    before = _offset(zone, day - 1)
+    day, end = _new_year(year), _new_year(year + 1)
+    before = _offset(zone, day)
     while day < end:
-        after = _offset(zone, day)
+        after = _offset(zone, day + _DAY_S)
         if after != before:
-            found.append(_Change(_change_between(zone, day - _DAY_S, day, before), before, after))
+            found.append(_Change(_change_between(zone, day, day + _DAY_S, before), before, after))
         before, day = after, day + _DAY_S
-    after = _offset(zone, end - 1)
-    if after != before:
-        found.append(_Change(_change_between(zone, end - _DAY_S, end - 1, before), before, after))
     return tuple(found)
 
 

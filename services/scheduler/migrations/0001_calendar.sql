@@ -47,7 +47,7 @@ CREATE TABLE schedules (
   canceled          bigint NOT NULL DEFAULT 0,
   run_count         bigint NOT NULL DEFAULT 0,
   last_ran_at       timestamptz,
-  -- Fires since then that found the agent busy and were coalesced or skipped.
+  -- Fires since then that bounced.
   bounces           bigint NOT NULL DEFAULT 0 CHECK (bounces >= 0),
   rev               bigint NOT NULL DEFAULT 1,
   created_at        timestamptz NOT NULL DEFAULT now(),
@@ -64,7 +64,6 @@ CREATE TABLE schedules (
 -- Only what will fire: paused, deleted and ended ones have no moment.
 CREATE INDEX schedules_due ON schedules (due_at) WHERE due_at IS NOT NULL;
 CREATE UNIQUE INDEX schedules_named ON schedules (workspace_id, name) WHERE deleted_at IS NULL;
-CREATE INDEX schedules_listed ON schedules (workspace_id, schedule_id) WHERE deleted_at IS NULL;
 CREATE INDEX schedules_failed ON schedules (schedule_id) WHERE paused_by_error IS NOT NULL AND deleted_at IS NULL;
 CREATE INDEX schedules_deleted ON schedules (deleted_at) WHERE deleted_at IS NOT NULL;
 
@@ -76,6 +75,8 @@ CREATE TABLE fires (
   last_fire_at  timestamptz NOT NULL,
   count         bigint NOT NULL DEFAULT 1 CHECK (count >= 1),
   by_hand       boolean NOT NULL DEFAULT false,
+  -- It found its agent busy: it was skipped, told with another one, or another was told with it.
+  bounced       boolean NOT NULL DEFAULT false,
   outcome       text CHECK (outcome IN ('delivered', 'coalesced', 'skipped', 'missed', 'failed', 'ceiling', 'canceled')),
   reason        text,
   merged_into   timestamptz,
