@@ -59,7 +59,8 @@ class Answers:
                 self.publisher.post(reply, to=fact.reply_to)
                 if fact.verb in commands.COMMANDS:
                     COMMANDS.labels(fact.verb, str(status)).inc()
-            self.wake()
+            if wanted:
+                self.wake()
 
         return tell
 

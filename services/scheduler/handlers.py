@@ -59,15 +59,16 @@ class Handlers:
         revived = [name for name, each in tallies.items() if each.given_back and rows[name]["remaining_runs"] == 0]
         for name in revived:
             await _revive(connection, name)
-        return lambda: self._tell(facts, ended)
+        return lambda: self._tell(facts, ended, woken=bool(revived))
 
-    def _tell(self, facts: Sequence[TickSettled], ended: Sequence[asyncpg.Record]) -> None:
+    def _tell(self, facts: Sequence[TickSettled], ended: Sequence[asyncpg.Record], *, woken: bool) -> None:
         for fire in ended:
             FIRES.labels(fire["outcome"]).inc()
         if len(ended) < len(facts):
             STALE.inc(len(facts) - len(ended))
             log.info("settled_twice", facts=len(facts) - len(ended))
-        self.wake()
+        if woken:
+            self.wake()
 
 
 @dataclass(slots=True)

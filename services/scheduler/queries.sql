@@ -173,6 +173,14 @@ SELECT (SELECT count(*) FROM (SELECT FROM schedules WHERE due_at <= now() LIMIT 
        (SELECT count(*) FROM (
           SELECT FROM schedules WHERE paused_by_error IS NOT NULL AND deleted_at IS NULL LIMIT $1) AS found) AS failed
 
+-- name: forget_schedules
+-- With all that is left of them, also what nobody ever settled.
+WITH old AS (
+  SELECT schedule_id FROM schedules WHERE deleted_at < coalesce($1::timestamptz, now()) - make_interval(days => $2)
+  ORDER BY schedule_id LIMIT $3 FOR UPDATE SKIP LOCKED),
+fires_of_them AS (DELETE FROM fires f USING old WHERE f.schedule_id = old.schedule_id)
+DELETE FROM schedules s USING old WHERE s.schedule_id = old.schedule_id
+
 -- name: forget_fires
 WITH old AS (
   SELECT schedule_id, fire_at FROM fires WHERE settled_at < coalesce($1::timestamptz, now()) - make_interval(days => $2)

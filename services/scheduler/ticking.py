@@ -62,7 +62,7 @@ class Ticking:
         except Exception as error:
             if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                 raise
-            log.warning("batch_repeated_singly", error=f"{type(error).__name__}: {error}"[:_REASON_MAX])
+            log.warning("batch_repeated_singly", error=_words(error))
             fired = await transact(self._pool, partial(self._fire_singly, now=now))
         self._tell(fired)
         if fired.claimed:
@@ -80,9 +80,10 @@ class Ticking:
         return _MEASURE_S
 
     async def forget(self, now: datetime | None = None) -> float:
-        """Delete a batch of fires that ended long ago."""
-        done = await self._pool.execute(SQL["forget_fires"], now, self._settings.retention_days, _FORGET_ROWS)
-        return 0.0 if done == f"DELETE {_FORGET_ROWS}" else 3600.0
+        """Delete a batch of fires that ended, and of schedules that were deleted, long ago."""
+        about = (now, self._settings.retention_days, _FORGET_ROWS)
+        done = {await self._pool.execute(SQL[name], *about) for name in ("forget_schedules", "forget_fires")}
+        return 0.0 if f"DELETE {_FORGET_ROWS}" in done else 3600.0
 
     async def _fire(self, connection: Connection, *, now: datetime | None) -> _Fired:
         rows = await store.claim_due(connection, self._settings.claim_rows, now)
@@ -164,9 +165,14 @@ async def _write(connection: Connection, rows: Sequence[asyncpg.Record], fired: 
 
 
 async def _give_up(connection: Connection, schedule_id: UUID, error: Exception, fired: _Fired) -> None:
-    reason = f"{type(error).__name__}: {error}"[:_REASON_MAX].replace("\x00", "")
+    reason = _words(error)
     await store.pause_failed(connection, schedule_id, reason)
     fired.failed.append((schedule_id, reason))
+
+
+def _words(error: Exception) -> str:
+    """The first line: behind it, Postgres shows the row, and so a prompt."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:_REASON_MAX].replace("\x00", "")
 
 
 def _fires(schedule: Schedule, verdict: Due) -> list[Fire]:

@@ -165,7 +165,8 @@ class Calendar:
 _MANY = """
 INSERT INTO schedules (schedule_id, workspace_id, name, cron, timezone, anchor_at, prompt, context, overlap, priority,
                        jitter_s, next_fire_at, due_at)
-SELECT gen_random_uuid(), 'w' || n % 100, n::text, $2, 'UTC', now(), 'p', 'fresh', 'queue_one', 'TASK', 0, $3, $3
+SELECT gen_random_uuid(), 'w' || n % 100, gen_random_uuid()::text, $2, 'UTC', now(), 'p', 'fresh', 'queue_one',
+       'TASK', 0, $3, $3
 FROM generate_series(1, $1) AS n"""
 
 

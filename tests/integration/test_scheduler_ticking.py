@@ -217,12 +217,18 @@ async def test_old_fires_are_forgotten_and_open_ones_are_not(calendar: Calendar)
     assert len(await calendar.fires(schedule_id)) == 2
     await calendar.ticking.forget(later)
     assert [fire["outcome"] for fire in await calendar.fires(schedule_id)] == [None]
+    await calendar.do("delete", schedule_id)
+    await calendar.ticking.forget(datetime.now(UTC) + timedelta(days=89))
+    assert len(await calendar.fires(schedule_id)) == 2, "the open one, and what the deletion withdrew"
+    await calendar.ticking.forget(later)
+    assert await calendar.fires(schedule_id) == []
+    assert await calendar.pool.fetchval("SELECT count(*) FROM schedules") == 0
 
 
 async def test_the_claim_goes_along_its_index(calendar: Calendar) -> None:
     """C-S3: what is not due costs nothing, also where most schedules are paused."""
     await many(calendar.pool, 20_000, T0 + timedelta(days=1))
-    await calendar.pool.execute("UPDATE schedules SET next_fire_at = NULL, due_at = NULL WHERE name::int > 100")
+    await calendar.pool.execute("UPDATE schedules SET next_fire_at = NULL, due_at = NULL WHERE workspace_id <> 'w1'")
     await calendar.pool.execute("ANALYZE schedules")
     from services.scheduler.store import SQL  # noqa: PLC0415
 
