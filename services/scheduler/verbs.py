@@ -109,8 +109,9 @@ async def _patch(connection: Connection, fact: ScheduleQuery, row: asyncpg.Recor
 
 
 async def _pause(connection: Connection, fact: ScheduleQuery, row: asyncpg.Record, now: datetime) -> Answer:
-    note = forms.read_object(fact.body).get("note")
-    return await _change(connection, fact, row, now, {"paused": True, "pause_note": note})
+    said = forms.read_object(fact.body)
+    note = {"pause_note": said["note"]} if "note" in said else {}
+    return await _change(connection, fact, row, now, {"paused": True, **note})
 
 
 async def _resume(connection: Connection, fact: ScheduleQuery, row: asyncpg.Record, now: datetime) -> Answer:

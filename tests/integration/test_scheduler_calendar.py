@@ -155,6 +155,7 @@ async def test_pause_and_resume_never_fire_the_past(calendar: Calendar) -> None:
     _, paused = await calendar.do("pause", schedule_id, body={"note": "holiday"})
     assert (paused["paused"], paused["pause_note"], paused["next_fire_at"]) == (True, "holiday", None)
     assert paused["counts"]["canceled"] == paused["fires"] == 1, "an interval has no moment before it began"
+    assert await calendar.do("pause", schedule_id) == (200, paused)
     await calendar.fire()
     _, resumed = await calendar.do("resume", schedule_id)
     assert (resumed["paused"], resumed["pause_note"]) == (False, None)
