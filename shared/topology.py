@@ -164,10 +164,22 @@ def _routes() -> Iterator[Route]:
     yield Route(KillDone, "proxy", replica)
 
 
-_TO_COME = {"scheduler", "liveness", "proxy.session.control"}
+_TO_COME = {"liveness", "proxy.session.control"}
 """Readers that do not read yet: a durable queue that nobody reads would fill the disk."""
+_SCHEDULER_TO_COME = {
+    ItemChanged, WorkspaceHeartbeat, ProxyBeat, BacklogSnapshot, WorkspaceBacklog, WorkspaceStatus, SessionChanged,
+    GateClosed, KillDone,
+}  # fmt: skip
+"""What scheduler will read of sessions, and does not yet."""
 
-ROUTES: tuple[Route, ...] = tuple(candidate for candidate in _routes() if candidate.reader not in _TO_COME)
+
+def _is_read(candidate: Route) -> bool:
+    if candidate.reader == "scheduler":
+        return candidate.fact not in _SCHEDULER_TO_COME
+    return candidate.reader not in _TO_COME
+
+
+ROUTES: tuple[Route, ...] = tuple(candidate for candidate in _routes() if _is_read(candidate))
 
 REPLIES: frozenset[type[Fact]] = frozenset({ItemKept, QueryAnswered})
 """Sent to the asker's own queue (`reply_to`), not to the exchange; it may be gone, so they are never mandatory."""

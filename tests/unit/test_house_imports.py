@@ -30,16 +30,23 @@ ROOMS: dict[str, set[str]] = {
     "ticks": {"store", "decide", "metrics", "drain", "backlogs", "fires", "loops"},
     "drain": {"store", "decide", "deliver", "backlogs", "fires", "metrics", "settings"},
     "copies": {"decide", "metrics", "settings"},
-    "handlers": {"store", "decide", "metrics", "settings", "drain", "backlogs", "copies"},
+    "handlers": {"store", "decide", "metrics", "settings", "drain", "backlogs", "copies", "cron", "rules"},
     "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "fires", "copies"},
     "aside": {"store", "metrics"},
     "history": {"store", "metrics", "settings"},
     "letters": {"store", "aside"},
     "items": {"store", "decide"},
-    "verbs": {"store", "decide", "items", "loops"},
-    "answers": {"store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters"},
+    "rules": {"cron", "decide"},
+    "forms": {"decide", "shapes"},
+    "shapes": {"decide"},
+    "ticking": {"store", "decide", "rules", "metrics", "settings"},
+    "verbs": {"store", "decide", "items", "loops", "cron", "rules", "forms", "shapes"},
+    "answers": {
+        "store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters", "cron", "rules", "forms", "shapes",
+        "metrics", "settings",
+    },
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
-}
+}  # fmt: skip
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
