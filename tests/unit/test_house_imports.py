@@ -42,8 +42,8 @@ ROOMS: dict[str, set[str]] = {
     "ticking": {"store", "decide", "rules", "metrics", "settings"},
     "verbs": {"store", "decide", "items", "loops", "cron", "rules", "forms", "shapes"},
     "answers": {
-        "store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters", "cron", "rules", "forms", "shapes",
-        "metrics", "settings",
+        "store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters", "cron", "rules", "forms",
+        "shapes", "metrics", "settings",
     },
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }  # fmt: skip
