@@ -49,7 +49,9 @@ class Schedules:
 
     async def list(self, request: Request, workspace_id: str) -> Response:
         """All of a workspace, by name."""
-        return await self._answer(request, workspace_id, "list")
+        query = request.query()
+        page = {"cursor": query.get("cursor"), "limit": page_limit(query.get("limit"))}
+        return await self._answer(request, workspace_id, "list", **page)
 
     async def create(self, request: Request, workspace_id: str) -> Response:
         """A new one (201): cron, interval, or one moment."""
@@ -101,6 +103,7 @@ class Schedules:
     async def _answer(self, request: Request, workspace_id: str, verb: Verb, **about: Any) -> Response:
         caller = await self._identity.require(request)
         await self._finding.owned(caller, workspace_id)
+        _refuse_priority(caller, about.get("body", b"{}"))
         found = await self._ask(caller, workspace_id, verb, about)
         if found is None:
             raise Refused(AWAY)
@@ -151,6 +154,13 @@ class Schedules:
         if not isinstance(said, dict):
             raise Refused(Refuse(400, "not_json", "The body is no JSON object in UTF-8. Send one."))
         return body
+
+
+def _refuse_priority(caller: Caller, body: bytes) -> None:
+    """What may not be sent as CRITICAL may not be planned as such."""
+    if json.loads(body).get("priority") == "CRITICAL" and "critical" not in caller.rights:
+        sentence = "CRITICAL needs the right of that name. Ask an operator for it, or plan it as TASK."
+        raise Refused(Refuse(403, "priority_not_allowed", sentence))
 
 
 def _id(said: str) -> UUID:
