@@ -127,6 +127,10 @@ class MessageBusy(Fact):
     not_before: AwareDatetime | None = None
     expires_at: AwareDatetime | None = None
     hops: Count = 0
+    id_is_new: bool = False
+    """The proxy made the id for this very message: it need not be looked for."""
+    retry_of: UUID | None = None
+    """The item that ended badly and that this one repeats."""
     beat: ProxyBeat | None = None
     """This proxy's own forwards in the workspace, applied before the claim (3-bus, topology)."""
     reply_to: str | None = None
@@ -239,6 +243,11 @@ class Backlog(Part):
     not_before: AwareDatetime | None = None
     running: tuple[Running, ...] = ()
     critical_waiting_since: AwareDatetime | None = None
+    waiting_by_priority: dict[Priority, Count] = {}
+    oldest_at: AwareDatetime | None = None
+    """Since when the first in line waits."""
+    turn_s: float | None = None
+    """How long a delivery takes here: the median of the last 20 that were answered."""
 
 
 class WorkspaceBacklog(Backlog, Fact):
@@ -270,13 +279,24 @@ class BacklogSnapshot(Fact):
 class QueueQuery(Fact):
     """A question or a command for the queue service; answered with QueryAnswered to `reply_to`.
 
-    A command (`cancel`) answers after its commit, may be sent again, and is refused after `expires_at`. `snapshot` asks
-    for a BacklogSnapshot at once; one serves all who asked meanwhile.
+    A command (`cancel`, `retry`, `promote`, `cancel_many`, `replay`) answers after its commit, may be sent again, and
+    is refused after `expires_at`. `cancel_many` ends what waits in a workspace and matches; `dead_letters` lists what
+    was set aside, `replay` publishes one of it again. `snapshot` asks for a BacklogSnapshot at once; one serves all who
+    asked meanwhile.
     """
 
     query_id: UUID
-    verb: Literal["item", "list", "cancel", "answer", "known", "snapshot"]
+    verb: Literal[
+        "item", "list", "cancel", "answer", "known", "snapshot",
+        "retry", "promote", "cancel_many", "dead_letters", "replay",
+    ]  # fmt: skip
     queue_id: UUID | None = None
+    older_than_s: Annotated[float, Field(ge=0)] | None = None
+    """With `cancel_many`: only what has waited for longer."""
+    count_only: bool = False
+    """With `cancel_many`: say how many there are, and end none."""
+    dead_letter: Digest | None = None
+    """With `replay`: which."""
     key_hash: Digest | None = None
     """With `known`: an explicit key, which may stand for an item as the id may."""
     caller_hash: Digest | None = None

@@ -6,6 +6,7 @@ Values in, a verdict out: no clock, no I/O. Moments are seconds since 1970 by th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -16,7 +17,9 @@ from shared.facts import Priority
 RESERVED_PREFIXES = ("system:", "webhook:", "channel:", "test:")
 """Names of callers that only Bide itself may use (A-P-06)."""
 OVERLOAD_RETRY_S = 30
-"""Retry-After of a 429: what waits is measured in agent turns, not in milliseconds."""
+"""Retry-After of a full line where no turn was measured yet: what waits is measured in turns, not in milliseconds."""
+OVERLOAD_RETRY_MAX_S = 600
+"""Whoever is told to stay away for longer is not told when there is room after all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,8 @@ class Head:
     hops: int | None = 0
     """None: the header is no number."""
     hops_max: int = 16
+    rate_wait_s: float = 0.0
+    """Until this caller may call again; 0: now."""
 
 
 @dataclass(
@@ -163,6 +168,8 @@ class Share:
     callers: int = 0
     """Of them by this caller."""
     others: int = 0
+    turn_s: float | None = None
+    """How long a delivery takes here; None: nobody has measured one."""
 
 
 @dataclass(
@@ -176,6 +183,8 @@ class Arrival:
     """What reading the body found: too large, not JSON-RPC, a bad value."""
     priority: Priority = Priority.TASK
     may_critical: bool = False
+    critical_wait_s: float = 0.0
+    """Until this caller's quota of CRITICAL messages has one more; 0: it has, or this message is none."""
     in_flight: InFlight = InFlight.NO
     keyed: bool = False
     repeated: bool = False
@@ -210,7 +219,7 @@ def admit(head: Head) -> Refuse | None:
         case Presence.REMOVED:
             return Refuse(410, "workspace_removed", "The workspace was removed. Take its address off your list.")
         case Presence.KNOWN:
-            return refuse_standing(head.standing) or _refuse_hops(head)
+            return refuse_standing(head.standing) or _refuse_hops(head) or _refuse_rate(head)
 
 
 def refuse_standing(standing: Standing) -> Refuse | None:
@@ -242,6 +251,18 @@ def _refuse_hops(head: Head) -> Refuse | None:
         sentence = f"The message has passed more than {head.hops_max} hops. Look for agents that call in a circle."
         return Refuse(508, "too_many_hops", sentence)
     return None
+
+
+def _refuse_rate(head: Head) -> Refuse | None:
+    if head.rate_wait_s <= 0:
+        return None
+    sentence = "You call more often than this proxy takes from one caller. Send it again after Retry-After seconds."
+    return Refuse(429, "rate_limited", sentence, retry_after_s=whole_s(head.rate_wait_s))
+
+
+def whole_s(wait_s: float) -> int:
+    """A Retry-After that is true: never before the moment, and never 0."""
+    return max(1, math.ceil(wait_s))
 
 
 def route(arrival: Arrival) -> Verdict | Ask:
@@ -292,22 +313,45 @@ def _keep_named(arrival: Arrival) -> Keep | None:
 
 def _ask_or_refuse(arrival: Arrival) -> Refuse | Ask | None:
     """Whoever brings an id or a key that stands for nothing takes a new place, like everybody."""
-    refuse = _refuse_depth(arrival.share)
+    refuse = _refuse_depth(arrival) or _refuse_quota(arrival)
     if refuse is not None and arrival.known is None and (arrival.keyed or arrival.repeated):
         return Ask()
     return refuse
 
 
-def _refuse_depth(share: Share) -> Refuse | None:
+def _refuse_depth(arrival: Arrival) -> Refuse | None:
+    share = arrival.share
     if share.depth >= share.depth_max:
         sentence = (
             f"{share.depth} messages wait for this workspace, and it takes {share.depth_max}. Send it again later."
         )
-        return Refuse(429, "queue_full", sentence, retry_after_s=OVERLOAD_RETRY_S)
+        return Refuse(429, "queue_full", sentence, retry_after_s=place_frees_in_s(share.turn_s, arrival.in_use_max))
     if share.others and share.depth > share.depth_max / 2 and share.callers > share.depth_max / 2:
         sentence = "More than half of what may wait here is yours, and others wait too. Send it again later."
-        return Refuse(429, "share_exceeded", sentence, retry_after_s=OVERLOAD_RETRY_S)
+        retry_after_s = place_frees_in_s(share.turn_s, arrival.in_use_max)
+        return Refuse(429, "share_exceeded", sentence, retry_after_s=retry_after_s)
     return None
+
+
+def place_frees_in_s(turn_s: float | None, max_concurrent: int) -> int:
+    """Say after how many seconds a place in a full line frees: turns run beside each other, and each end frees one."""
+    if turn_s is None:
+        return OVERLOAD_RETRY_S
+    return whole_s(min(turn_s / max_concurrent, OVERLOAD_RETRY_MAX_S))
+
+
+def _refuse_quota(arrival: Arrival) -> Refuse | None:
+    if arrival.critical_wait_s <= 0:
+        return None
+    sentence = (
+        "You have sent all CRITICAL messages of this minute. Send it as TASK, or again after Retry-After seconds."
+    )
+    return Refuse(429, "critical_quota", sentence, retry_after_s=whole_s(arrival.critical_wait_s))
+
+
+def takes_place(arrival: Arrival, verdict: Verdict) -> bool:
+    """Whether it is one more message for the agent: it joined nothing, and is no item and nothing that runs already."""
+    return isinstance(verdict, (Keep, Forward)) and not arrival.known and not arrival.key_running
 
 
 def _keep_by_wish(arrival: Arrival) -> Keep | None:

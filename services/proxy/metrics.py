@@ -9,16 +9,17 @@ from shared.replies import Outcome
 
 ROUTES = (
     "a2a", "heartbeat", "register", "update_card", "card", "item", "cancel_item", "queue", "workspaces", "workspace",
-    "patch", "remove", "openapi", "docs", "none",
+    "patch", "pause", "resume", "remove", "retry_item", "promote_item", "cancel_many", "dead_letters", "replay",
+    "openapi", "docs", "none",
 )  # fmt: skip
 OUTCOMES = ("answered", "kept", "refused", "failed")
 REFUSALS = (
     "workspace_unknown", "workspace_removed", "token_missing", "token_unknown", "caller_mismatch", "caller_reserved",
     "token_unchecked", "hops_unreadable", "too_many_hops", "priority_not_allowed", "key_in_flight", "queue_full",
-    "share_exceeded", "body_too_large", "body_slow", "body_cut", "not_json_rpc", "bad_value", "not_kept",
-    "keep_unknown", "key_conflict", "twin_lost", "twin_too_large", "item_unknown", "not_yet_visible", "queue_away",
-    "not_cancelable", "no_agent", "owner_unchecked", "answer_unreadable", "starting", "stopping",
-    "registry_away", "internal_error",
+    "share_exceeded", "rate_limited", "critical_quota", "body_too_large", "body_slow", "body_cut", "not_json_rpc",
+    "bad_value", "not_kept", "keep_unknown", "key_conflict", "twin_lost", "twin_too_large", "item_unknown",
+    "not_yet_visible", "queue_away", "not_cancelable", "no_agent", "owner_unchecked", "answer_unreadable", "starting",
+    "stopping", "registry_away", "internal_error",
 )  # fmt: skip
 
 REQUESTS = Counter("bide_proxy_requests_total", "Requests by route and what became of them", ["route", "outcome"])

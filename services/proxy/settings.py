@@ -20,6 +20,14 @@ class Settings(SharedSettings):
     """Bides that a message may pass; more is a loop (508)."""
     queue_depth_max: int = Field(default=1000, ge=1)
     """Messages that may wait for one workspace, where its own setting says nothing else."""
+    caller_rate_per_s: float = Field(default=200.0, ge=0)
+    """A2A calls that one caller may make, on average, of each replica of proxy; more is 429. 0: no limit; operators
+    have none."""
+    caller_burst: int = Field(default=2000, ge=1)
+    """Calls that a caller who was quiet may make at once."""
+    critical_per_minute: int = Field(default=10, ge=0)
+    """CRITICAL messages of one caller that take a new place, operators' too; more is 429. Each replica of proxy counts
+    what it sees: with three of them a caller has at most three times as many. 0: no limit."""
     copy_stale_s: float = Field(default=20.0, gt=0)
     """A copy of the backlog that is older no longer holds anything back: idle agents stay reachable."""
     kept_wait_s: float = Field(default=0.25, ge=0)

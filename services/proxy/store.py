@@ -149,6 +149,12 @@ class Store:
 
         return await transact(self._pool, work)
 
+    async def record(self, workspace_id: str, audit: Audit) -> None:
+        """For the record alone: what is done is done elsewhere."""
+        await self._pool.execute(
+            SQL["insert_audit"], audit.caller_id, audit.action, workspace_id, json.dumps(audit.detail)
+        )
+
     async def _change(
         self,
         query: str,

@@ -9,6 +9,7 @@ from services.queue.answers import Answers
 from services.queue.aside import end_unreadable
 from services.queue.drain import Drain
 from services.queue.handlers import Handlers
+from services.queue.history import History
 from services.queue.loops import Loops
 from services.queue.settings import Settings
 from shared.addresses import AddressRules
@@ -47,7 +48,7 @@ async def main(settings: Settings) -> None:
         service.reader.store_undeliverable()
         await loops.beat()  # a delivery of ours must never stand without an owner that beats
         try:
-            async with turning([drain.loop, *loops.all()]):
+            async with turning([drain.loop, *loops.all(), History(settings, service.pool).loop]):
                 try:
                     await service.serve()
                 finally:

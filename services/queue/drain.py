@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
-from typing import Any
 from uuid import UUID
 
 from services.queue import decide, store
+from services.queue.backlogs import read_backlogs
 from services.queue.decide import Finish, Item, Requeue, Workspace
 from services.queue.deliver import Delivery, Ending
-from services.queue.metrics import DELIVERIES, ENDED, RUNNING, WAIT
+from services.queue.metrics import DELIVERIES, ENDED, REQUEUES, RUNNING, STARVATION_TURNS, WAIT, WAITED
 from services.queue.settings import Settings
 from services.queue.store import SQL, Settled
 from shared import outbox
 from shared.agents import Agents
 from shared.broker import Publisher
 from shared.database import Connection, Pool, Trouble, backoff_s, classify, transact
-from shared.facts import Fact, ItemChanged, ItemStatus, Running, WorkspaceBacklog
+from shared.facts import Fact, ItemChanged, ItemStatus
 from shared.loops import Loop
 from shared.telemetry import log
 
@@ -46,6 +46,9 @@ class Turn:
     facts: Sequence[Fact]
     claimed_at: float
     """`time.monotonic()` before the claim: from then on the items were ours, if they were."""
+    starved: int = 0
+    requeued: Sequence[str] = ()
+    """Why, for each item that went back."""
 
 
 class Drain:
@@ -126,6 +129,7 @@ class Drain:
         for name in ready:
             self._ready.pop(name, None)
         self._told()
+        self._count(turn)
         for fact in turn.facts:
             self._publisher.post(fact)
         for item in turn.items:
@@ -134,6 +138,15 @@ class Drain:
             else:
                 self._start(item)
         return 0 if self._endings or self._ready else self._settings.sweep_s
+
+    @staticmethod
+    def _count(turn: Turn) -> None:
+        STARVATION_TURNS.inc(turn.starved)
+        for reason in turn.requeued:
+            REQUEUES.labels(reason).inc()
+        for item in turn.items:
+            if item.delivery_no == 1:
+                WAITED.labels(item.priority.value).observe(max(0.0, item.dispatched_at - item.enqueued_at))
 
     def _part(self, endings: Sequence[Ending], ready: Sequence[str], *, alone: bool, error: str) -> None:
         """One of these cannot be written: repeat them one by one, and let go of what fails alone (B-08).
@@ -178,9 +191,13 @@ class Drain:
                 spare[name] = free
                 room -= free
         claimed_at = time.monotonic()
-        items, first = await store.claim(connection, spare, after, self._settings.replica_id, now)
-        for item in items:
-            after[item.workspace_id] = decide.begin(after[item.workspace_id], 1, first[item.workspace_id])
+        limit_s = self._settings.starvation_limit_s
+        claimed = await store.claim(
+            connection, spare, after, self._settings.replica_id, now, starvation_limit_s=limit_s
+        )
+        items = [item for mine in claimed.values() for item in mine.items]
+        for name, mine in claimed.items():
+            after[name] = begin(after[name], mine)
         await store.save_counters(connection, before, after)
         changed = [change(each, ended[each.item.queue_id]) for each in settled if each.item.queue_id in ended]
         if changed:
@@ -197,7 +214,9 @@ class Drain:
             )
             for item in items
         ]
-        return Turn(items, [*begun, *backlogs], claimed_at)
+        starved = sum(each.starved for each in claimed.values())
+        requeued = [each.fate.reason or "" for each in settled if each.item.queue_id in returned]
+        return Turn(items, [*begun, *backlogs], claimed_at, starved=starved, requeued=requeued)
 
     async def _settle(
         self, connection: Connection, endings: Sequence[Ending], workspaces: Mapping[str, Workspace]
@@ -218,6 +237,7 @@ class Drain:
             deaths=item.deaths,
             at_most_once=item.at_most_once,
             cancel_requested=canceled or item.cancel_requested,
+            critical_waits=workspace.waiting_critical > 0,
             attempts_max=self._settings.attempts_max,
             deaths_max=self._settings.deaths_max,
         )
@@ -308,12 +328,20 @@ def _one_each(endings: Iterable[Ending]) -> list[Ending]:
     return list(first.values())
 
 
+def begin(workspace: Workspace, claimed: store.Claimed) -> Workspace:
+    """Bring a workspace up to date with what was claimed in it."""
+    priorities = [item.priority for item in claimed.items]
+    return decide.begin(workspace, priorities, claimed.floors, served_critical=claimed.served_critical)
+
+
 def account(workspace: Workspace, settled: Settled, row: store.Ended, now: float) -> Workspace:
     """Bring a workspace up to date with one item that ended or went back."""
     fate = settled.fate
     if row.was == "queued":  # a late success of an earlier delivery ended a row that waited again
-        return replace(workspace, waiting=workspace.waiting - 1, rev=workspace.rev + 1)
-    ended = decide.end(workspace, fate.ending, begun_at=row.dispatched_at, now=now, back_at=row.place)
+        return decide.leave(workspace, row.priority)
+    ended = decide.end(
+        workspace, fate.ending, begun_at=row.dispatched_at, now=now, back_at=row.place, priority=row.priority
+    )
     if isinstance(fate, Requeue) and fate.closes:
         return replace(ended, not_before=now + settled.wait_s, busy_streak=ended.busy_streak + 1)
     if fate.ending is decide.Ending.ANSWERED:
@@ -336,38 +364,3 @@ def change(settled: Settled, row: store.Ended) -> ItemChanged:
         answer=answer if answer is not None and len(answer) <= _RIDES_ALONG_MAX else None,
         answer_bytes=len(answer) if answer is not None else None,
     )
-
-
-async def read_backlogs(
-    connection: Connection, workspaces: Mapping[str, Workspace], now: float
-) -> list[WorkspaceBacklog]:
-    """Say of each workspace what waits and runs."""
-    return [
-        WorkspaceBacklog(workspace_id=name, rev=workspaces[name].rev, **backlog)
-        for name, backlog in (await backlogs(connection, workspaces, now)).items()
-    ]
-
-
-async def backlogs(
-    connection: Connection, workspaces: Mapping[str, Workspace], now: float
-) -> dict[str, dict[str, Any]]:
-    """The members of a `Backlog` for each workspace."""
-    if not workspaces:
-        return {}  # each question costs its round trip while rows are locked
-    running: dict[str, list[Running]] = {name: [] for name in workspaces}
-    for row in await store.running(connection, workspaces.values()):
-        session = f"{row['queue_id']}:{row['delivery_no']}"
-        running[row["workspace_id"]].append(
-            Running(session_id=session, key_hash=row["key_hash"], started_at=row["dispatched_at"])
-        )
-    return {name: _backlog(workspace, running[name], now) for name, workspace in workspaces.items()}
-
-
-def _backlog(workspace: Workspace, running: list[Running], now: float) -> dict[str, Any]:
-    shut = workspace.not_before is not None and workspace.not_before > now
-    return {
-        "waiting": workspace.waiting,
-        "in_use": decide.taken(workspace, now),
-        "not_before": workspace.not_before if shut else None,
-        "running": running,
-    }

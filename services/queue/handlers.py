@@ -12,9 +12,10 @@ from typing import TypeVar
 from uuid import UUID
 
 from services.queue import decide, store
+from services.queue.backlogs import read_backlogs
 from services.queue.decide import Forwards, Workspace
-from services.queue.drain import Drain, read_backlogs
-from services.queue.metrics import ENQUEUED
+from services.queue.drain import Drain
+from services.queue.metrics import ENDED, ENQUEUED
 from services.queue.settings import Settings
 from services.queue.store import Known, Locked, key_of
 from shared import outbox
@@ -57,10 +58,10 @@ class Handlers:
             for fact in part:
                 workspace = after[fact.workspace_id]
                 if fact.queue_id in kept.new:
-                    workspace = decide.keep(workspace, store.place_of(fact))
+                    workspace = decide.keep(workspace, store.place_of(fact), fact.priority)
                     after[fact.workspace_id] = workspace
                 if fact.reply_to is not None:
-                    replies.append((fact.reply_to, _reply(fact, kept, workspace.waiting)))
+                    replies.append((fact.reply_to, _reply(fact, kept, workspace)))
         await store.save(connection, before, after)
         if ended:
             await outbox.add(connection, ended)
@@ -114,20 +115,29 @@ class Handlers:
         """Take over what the registry says (WorkspaceRegistered and WorkspaceChanged)."""
         newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: fact.rev)
         before = await store.lock(connection, newest)
-        after = {name: _registered(workspace, newest[name]) for name, workspace in before.items()}
+        after: dict[str, Workspace] = {}
+        resumed: dict[str, float] = {}
+        for name, workspace in before.items():
+            after[name], since = _registered(workspace, newest[name], before.now)
+            if since is not None:
+                resumed[name] = since
+        await store.shift_clocks(connection, resumed, before.now)
         await store.save(connection, before, after)
         return lambda: self._tell([], after)
 
     async def removed(self, connection: Connection, facts: Sequence[WorkspaceRemoved]) -> Tell:
-        """Deliver nothing more; what waits ends by its own clocks, visibly."""
+        """Deliver nothing more; what waits ends by its own clocks, visibly: a pause that nobody can end is over."""
         newest = _newest(facts, lambda fact: fact.workspace_id, lambda fact: fact.rev)
         before = await store.lock(connection, newest)
-        after = {
-            name: replace(workspace, removed=True, registry_rev=newest[name].rev, rev=workspace.rev + 1)
-            if newest[name].rev > workspace.registry_rev
-            else workspace
-            for name, workspace in before.items()
-        }
+        after: dict[str, Workspace] = dict(before)
+        resumed: dict[str, float] = {}
+        for name, workspace in before.items():
+            if newest[name].rev > workspace.registry_rev:
+                going_on, since = decide.paused(workspace, before.now, is_paused=False)
+                after[name] = replace(going_on, removed=True, registry_rev=newest[name].rev, rev=workspace.rev + 1)
+                if since is not None:
+                    resumed[name] = since
+        await store.shift_clocks(connection, resumed, before.now)
         await store.save(connection, before, after)
         return lambda: self._tell([], after)
 
@@ -177,9 +187,11 @@ def _hear_beats(before: Mapping[str, Workspace], beats: Sequence[ProxyBeat]) -> 
     return after
 
 
-def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
+def _registered(workspace: Workspace, fact: WorkspaceRegistered, now: float) -> tuple[Workspace, float | None]:
+    """The workspace as the registry has it; with the moment since which it was paused, if it no longer is."""
     if fact.rev <= workspace.registry_rev:
-        return workspace
+        return workspace, None
+    workspace, since = decide.paused(workspace, now, is_paused=fact.paused or fact.desired == "stopped")
     ceiling = fact.settings.get("session_ceiling_s")
     give_up = fact.settings.get("give_up_after_s")
     new_life = fact.incarnation > workspace.incarnation
@@ -192,7 +204,6 @@ def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
         at_most_once=fact.settings.get("delivery") == "at_most_once",
         give_up_after_s=float(give_up) if give_up is not None else 86400.0,
         ceiling_s=float(ceiling) if ceiling is not None else 1800.0,
-        paused=fact.paused or fact.desired == "stopped",
         removed=False,
         incarnation=max(fact.incarnation, workspace.incarnation),
         # What the agent's own beat said of its cadence outlasts what was registered, in whichever order they come.
@@ -200,9 +211,9 @@ def _registered(workspace: Workspace, fact: WorkspaceRegistered) -> Workspace:
         rev=workspace.rev + 1,
     )
     if not new_life:
-        return taken_over
+        return taken_over, since
     # What the last life said of itself is void, and so is that it was busy.
-    return replace(taken_over, beat_rev=0, beat_at=None, beat_active=0, not_before=None, busy_streak=0)
+    return replace(taken_over, beat_rev=0, beat_at=None, beat_active=0, not_before=None, busy_streak=0), since
 
 
 # ── keeping ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -237,7 +248,8 @@ async def keep(
     connection: Connection, facts: Sequence[MessageBusy], workspaces: Mapping[str, Workspace], keep_s: float
 ) -> Kept:
     """Insert what is new; find the item of what is not. No id stands twice; the caller holds the workspaces' locks."""
-    same_id = await store.find_ids(connection, [fact.queue_id for fact in facts])
+    asked = [fact.queue_id for fact in facts if not fact.id_is_new]
+    same_id = await store.find_ids(connection, asked) if asked else {}
     known: dict[UUID, Known] = {fact.queue_id: same_id[fact.queue_id] for fact in facts if fact.queue_id in same_id}
     explicit = [fact for fact in facts if fact.explicit_key and fact.queue_id not in known]
     held = await store.reserve_keys(connection, explicit, keep_s)
@@ -277,6 +289,8 @@ async def _end_proposed(
             duplicates[fact.queue_id] = first.queue_id
             ended.append((fact, "superseded", "duplicate", first.queue_id))
     await store.insert_ended(connection, ended)
+    for _, status, _, _ in ended:
+        ENDED.labels(status).inc()
     changes = [
         ItemChanged(
             workspace_id=fact.workspace_id,
@@ -291,13 +305,13 @@ async def _end_proposed(
     return Kept(new, duplicates, conflicts, changes)
 
 
-def _reply(fact: MessageBusy, kept: Kept, waiting: int) -> ItemKept:
+def _reply(fact: MessageBusy, kept: Kept, workspace: Workspace) -> ItemKept:
     return ItemKept(
         workspace_id=fact.workspace_id,
         rev=1,
         queue_id=fact.queue_id,
-        depth=waiting,
-        position=waiting,
+        depth=workspace.waiting,
+        position=decide.place_told(workspace, fact.priority),
         duplicate_of=kept.duplicates.get(fact.queue_id),
         conflict=fact.queue_id in kept.conflicts,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from uuid import UUID
@@ -11,17 +12,18 @@ from uuid import UUID
 import asyncpg
 from uuid_utils.compat import uuid7
 
-from services.queue import store
+from services.queue import decide, store
+from services.queue.backlogs import backlogs
 from services.queue.decide import Workspace
 from services.queue.deliver import Ending
-from services.queue.drain import Drain, backlogs
-from services.queue.metrics import ENDED, OWNERS_LOST, RECONCILED
+from services.queue.drain import Drain
+from services.queue.metrics import DEPTH, ENDED, OLDEST, OWNERS_LOST, RECONCILED
 from services.queue.settings import Settings
-from services.queue.store import SQL
+from services.queue.store import PRIORITY_OF, SQL
 from shared import outbox
 from shared.broker import Publisher
 from shared.database import Connection, Pool, Trouble, classify, transact
-from shared.facts import BacklogSnapshot, ItemChanged, ItemStatus, NamedBacklog
+from shared.facts import BacklogSnapshot, ItemChanged, ItemStatus, NamedBacklog, Priority
 from shared.loops import Loop
 from shared.telemetry import log
 
@@ -99,12 +101,14 @@ class Loops:
         wrong: list[str] = []
         for row in await connection.fetch(SQL["count_items"], suspect, None):
             name, workspace = row["workspace_id"], before[row["workspace_id"]]
-            if (workspace.waiting, workspace.running) == (row["waiting"], row["running"]):
+            truth = {each: row[each] for each in _COUNTERS}
+            was = {each: getattr(workspace, each) for each in _COUNTERS}
+            if was == truth:
                 continue  # it was read while it changed
             wrong.append(name)
-            after[name] = replace(workspace, waiting=row["waiting"], running=row["running"], rev=workspace.rev + 1)
+            after[name] = replace(workspace, **truth, rev=workspace.rev + 1)
             RECONCILED.inc()
-            log.error("counters_corrected", workspace_id=name, was=(workspace.waiting, workspace.running))
+            log.error("counters_corrected", workspace_id=name, was=was, truth=truth)
         await store.save(connection, before, after)
         return wrong
 
@@ -217,7 +221,14 @@ class Loops:
         read_at = datetime.now().astimezone()
         async with self.pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
             workspaces = {each.workspace_id: each for each in await store.read_active(connection)}
-            found = await backlogs(connection, workspaces, await store.clock(connection, None))
+            now = await store.clock(connection, None)
+            found = await backlogs(connection, workspaces, now)
+            oldest = await store.oldest(
+                connection, [(name, lane) for name in workspaces for lane in (decide.CRITICAL_LANE, decide.REST_LANE)]
+            )
+        for (name, _), at in oldest.items():
+            found[name]["oldest_at"] = min(at, found[name].get("oldest_at", at))
+        _measure(workspaces.values(), oldest, now)
         named = [
             NamedBacklog(workspace_id=name, rev=workspaces[name].rev, **backlog) for name, backlog in found.items()
         ]
@@ -238,10 +249,28 @@ class Loops:
         return self.settings.snapshot_s
 
 
+_COUNTERS = ("waiting", "waiting_critical", "waiting_info", "running")
+
+
+def _measure(workspaces: Iterable[Workspace], oldest: Mapping[tuple[str, int], datetime], now: float) -> None:
+    """Set the gauges of what waits in all workspaces."""
+    depth = Counter[Priority]()
+    for workspace in workspaces:
+        depth.update(decide.by_priority(workspace))
+    for priority in Priority:
+        DEPTH.labels(priority.value).set(depth[priority])
+    for lane, word in ((decide.CRITICAL_LANE, "critical"), (decide.REST_LANE, "rest")):
+        ages = [now - at.timestamp() for (_, each), at in oldest.items() if each == lane]
+        OLDEST.labels(word).set(max(ages, default=0.0))
+
+
 def _differs(said: Workspace | None, row: asyncpg.Record) -> bool:
     if said is None:
         return True
-    return (min(said.waiting, _COUNT_MAX), said.running) != (row["waiting"], row["running"])
+    if said.waiting >= _COUNT_MAX:  # not all of them were counted, but CRITICAL was counted first
+        critical = min(said.waiting_critical, _COUNT_MAX)
+        return (_COUNT_MAX, critical, said.running) != (row["waiting"], row["waiting_critical"], row["running"])
+    return any(getattr(said, each) != row[each] for each in _COUNTERS)
 
 
 async def end_waiting(
@@ -254,8 +283,7 @@ async def end_waiting(
     )
     after = dict(before)
     for row in rows:
-        workspace = after[row["workspace_id"]]
-        after[row["workspace_id"]] = replace(workspace, waiting=workspace.waiting - 1, rev=workspace.rev + 1)
+        after[row["workspace_id"]] = decide.leave(after[row["workspace_id"]], PRIORITY_OF[row["priority"]])
         ENDED.labels(status).inc()
     await store.save(connection, before, after)
     if rows:

@@ -13,7 +13,7 @@ INSERT INTO workspaces (workspace_id) SELECT workspace_id FROM made
 -- In the order given. There is one row each: the newest version is looked for first, because under a snapshot held open
 -- elsewhere all its earlier ones are still there.
 -- With its place, so that whoever saves it need not look for it again, and the time once it was locked.
-SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch,
+SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch, extract(epoch FROM w.paused_at)::float8 AS paused_epoch,
        extract(epoch FROM w.not_before)::float8 AS not_before_epoch,
        extract(epoch FROM coalesce($2::timestamptz, clock_timestamp()))::float8 AS now_epoch
 FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
@@ -24,7 +24,7 @@ FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
 SELECT extract(epoch FROM coalesce($1::timestamptz, clock_timestamp()))::float8
 
 -- name: read_workspaces
-SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch,
+SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch, extract(epoch FROM w.paused_at)::float8 AS paused_epoch,
        extract(epoch FROM w.not_before)::float8 AS not_before_epoch
 FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
   SELECT *, ctid AS version FROM workspaces WHERE workspace_id = named.workspace_id ORDER BY rev DESC LIMIT 1) w
@@ -36,28 +36,31 @@ UPDATE workspaces w SET
   max_concurrent = s.max_concurrent, at_most_once = s.at_most_once, give_up_after_s = s.give_up_after_s,
   ceiling_s = s.ceiling_s, paused = s.paused, removed = s.removed, incarnation = s.incarnation,
   beat_rev = s.beat_rev, beat_at = to_timestamp(s.beat_at), beat_active = s.beat_active,
-  beat_cadence_s = s.beat_cadence_s, waiting = s.waiting, running = s.running, started_since = s.started_since,
-  ended_since = s.ended_since, recent_ended = s.recent_ended, forwards = s.forwards,
-  not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak, rev = s.rev,
-  floor = s.floor, floor_rev = s.rev
+  beat_cadence_s = s.beat_cadence_s, paused_at = to_timestamp(s.paused_at), waiting = s.waiting,
+  waiting_critical = s.waiting_critical, waiting_info = s.waiting_info, running = s.running,
+  started_since = s.started_since, ended_since = s.ended_since, recent_ended = s.recent_ended, forwards = s.forwards,
+  not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak, rev = s.rev, floors = s.floors,
+  served_critical = s.served_critical, turns_s = s.turns_s
 FROM jsonb_to_recordset($1::jsonb) AS s(
   workspace_id text, registry_rev bigint, url text, agent_authorization text, max_concurrent int, at_most_once boolean,
   give_up_after_s float8, ceiling_s float8, paused boolean, removed boolean, incarnation bigint, beat_rev bigint,
-  beat_at float8, beat_active int, beat_cadence_s float8, waiting int, running int, started_since int, ended_since int,
-  recent_ended float8[], forwards jsonb, not_before float8, busy_streak int, rev bigint,
-  floor bigint[], version tid)
+  beat_at float8, beat_active int, beat_cadence_s float8, paused_at float8, waiting int, waiting_critical int,
+  waiting_info int, running int, started_since int, ended_since int, recent_ended float8[], forwards jsonb,
+  not_before float8, busy_streak int, rev bigint, floors bigint[], served_critical boolean, turns_s float8[],
+  version tid)
 WHERE w.ctid = s.version AND w.workspace_id = s.workspace_id
 
 -- name: save_counters
--- What deliveries and kept messages change of a workspace. An array of arrays must be even: the ends come as text.
+-- What deliveries and kept messages change of a workspace. An array of arrays must be even: lists come as text.
 UPDATE workspaces w SET
-  waiting = s.waiting, running = s.running, started_since = s.started_since, ended_since = s.ended_since,
-  recent_ended = s.recent_ended::float8[], not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak,
-  rev = s.rev, floor = ARRAY[s.floor_lane, s.floor_rank], floor_rev = s.rev
-FROM unnest($1::tid[], $2::text[], $3::int[], $4::int[], $5::int[], $6::int[], $7::text[], $8::float8[], $9::int[],
-            $10::bigint[], $11::bigint[], $12::bigint[])
-  AS s(version, workspace_id, waiting, running, started_since, ended_since, recent_ended, not_before, busy_streak,
-       rev, floor_lane, floor_rank)
+  waiting = s.waiting, waiting_critical = s.waiting_critical, waiting_info = s.waiting_info, running = s.running,
+  started_since = s.started_since, ended_since = s.ended_since, recent_ended = s.recent_ended::float8[],
+  not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak, rev = s.rev,
+  floors = ARRAY[s.floor_critical, s.floor_rest], served_critical = s.served_critical, turns_s = s.turns_s::float8[]
+FROM unnest($1::tid[], $2::text[], $3::int[], $4::int[], $5::int[], $6::int[], $7::int[], $8::int[], $9::text[],
+            $10::float8[], $11::int[], $12::bigint[], $13::bigint[], $14::bigint[], $15::boolean[], $16::text[])
+  AS s(version, workspace_id, waiting, waiting_critical, waiting_info, running, started_since, ended_since,
+       recent_ended, not_before, busy_streak, rev, floor_critical, floor_rest, served_critical, turns_s)
 WHERE w.ctid = s.version AND w.workspace_id = s.workspace_id
 
 -- name: waiting_workspaces
@@ -68,6 +71,7 @@ ORDER BY workspace_id LIMIT $2
 
 -- name: active_workspaces
 SELECT *, ctid AS version, extract(epoch FROM beat_at)::float8 AS beat_epoch,
+       extract(epoch FROM paused_at)::float8 AS paused_epoch,
        extract(epoch FROM not_before)::float8 AS not_before_epoch
 FROM workspaces WHERE waiting > 0 OR running > 0 ORDER BY workspace_id
 
@@ -95,12 +99,15 @@ SELECT workspace_id FROM (
 ORDER BY workspace_id LIMIT $2
 
 -- name: count_items
--- The truth that the counters are held against (B-06). Waiting ones are counted up to $2; null: all of them.
-SELECT w.workspace_id,
-  (SELECT count(*) FROM (
-    SELECT FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' LIMIT $2) counted)::int AS waiting,
+-- The truth that the counters are held against (B-06). Waiting ones are counted up to $2, CRITICAL first; null: all.
+SELECT w.workspace_id, line.*,
   (SELECT count(*) FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'dispatched')::int AS running
-FROM unnest($1::text[]) AS w(workspace_id)
+FROM unnest($1::text[]) AS w(workspace_id) CROSS JOIN LATERAL (
+  SELECT count(*)::int AS waiting, (count(*) FILTER (WHERE priority = 100))::int AS waiting_critical,
+         (count(*) FILTER (WHERE priority = 10))::int AS waiting_info
+  FROM (SELECT q.priority FROM a2a_queue q WHERE q.workspace_id = w.workspace_id AND q.status = 'queued'
+        ORDER BY q.lane, q.rank_ms, q.queue_id LIMIT $2) waiting
+) line
 
 -- name: insert_keys
 INSERT INTO idempotency_keys (workspace_id, caller_hash, key_hash, queue_id, body_hash, expires_at)
@@ -125,15 +132,15 @@ SELECT queue_id, workspace_id, caller_hash, body_hash FROM a2a_finished WHERE qu
 -- name: insert_items
 -- Two keys of one batch that are the same are one item here too.
 INSERT INTO a2a_queue (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, lane, rank_ms, method,
-                       body, reason, context_id, hops, not_before, expires_at, give_up_at)
+                       body, reason, context_id, hops, not_before, expires_at, give_up_at, retry_of)
 SELECT i.queue_id, i.workspace_id, i.caller_id, i.caller_hash, i.key_hash, i.body_hash, i.priority, i.lane, i.rank_ms,
        i.method, i.body, i.reason, i.context_id, i.hops, i.not_before, i.expires_at,
-       now() + make_interval(secs => i.give_up_after_s)
+       now() + make_interval(secs => i.give_up_after_s), i.retry_of
 FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::bytea[], $7::smallint[], $8::smallint[],
             $9::bigint[], $10::text[], $11::bytea[], $12::text[], $13::text[], $14::int[], $15::timestamptz[],
-            $16::timestamptz[], $17::float8[])
+            $16::timestamptz[], $17::float8[], $18::uuid[])
   AS i(queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, lane, rank_ms, method, body,
-       reason, context_id, hops, not_before, expires_at, give_up_after_s)
+       reason, context_id, hops, not_before, expires_at, give_up_after_s, retry_of)
 ORDER BY i.queue_id
 ON CONFLICT DO NOTHING
 RETURNING queue_id
@@ -145,7 +152,8 @@ FROM unnest($1::text[], $2::bytea[], $3::bytea[]) AS u(workspace_id, caller_hash
   WHERE workspace_id = u.workspace_id AND caller_hash = u.caller_hash AND key_hash = u.key_hash LIMIT 1) q
 
 -- name: insert_finished
--- Proposed ids that never became items: superseded or in conflict.
+-- Proposed ids that never became items: superseded or in conflict. No unique index spans the days: under the lock of its
+-- workspace an id is looked for among what waits and what has ended (find_ids) before it is written here.
 INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
                           method, body, context_id, enqueued_at, ended_at, attempts, delivery_no, superseded_by, rev)
 SELECT i.queue_id, i.workspace_id, i.caller_id, i.caller_hash, i.key_hash, i.body_hash, i.priority, i.status, i.reason,
@@ -155,36 +163,75 @@ FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::by
   AS i(queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason, method, body,
        context_id, n)
 JOIN unnest($13::uuid[]) WITH ORDINALITY AS s(by, n) USING (n)
-ON CONFLICT DO NOTHING
 
 -- name: insert_unreadable
--- A message that was promised and could not be kept; its bytes are in dead_letters.
+-- A message that was promised and could not be kept; its bytes are in dead_letters. Looked for before, as above.
 INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
                           method, body, enqueued_at, ended_at, attempts, delivery_no, last_error, rev)
 VALUES ($1, $2, $3, $4, $5, $6, 50, 'failed', $7, '', '', now(), now(), 0, 0, $8, 1)
-ON CONFLICT DO NOTHING
 
 -- name: claim_items
--- Second statement of the claim: the workspaces are locked by then. Repeats status in the outer UPDATE. `first` is what
--- stands first in the line, also when it may not be claimed yet: the workspace's next floor.
-WITH wanted AS (
-  SELECT * FROM unnest($1::text[], $2::int[], $3::smallint[], $4::bigint[]) AS w(workspace_id, spare, lane, rank_ms)),
+-- Second statement of the claim: the workspaces are locked by then. Repeats status in the outer UPDATE. For workspaces
+-- where no CRITICAL waits: the line of the rest alone. `first_rank` is that of what stands first in the line, also when
+-- it may not be claimed yet, or any more: the lane's next floor.
+WITH wanted AS (SELECT * FROM unnest($1::text[], $2::int[], $3::bigint[]) AS w(workspace_id, spare, floor)),
 head AS MATERIALIZED (
-  SELECT line.place, line.first_lane, line.first_rank FROM wanted w CROSS JOIN LATERAL (
+  SELECT line.place, line.first_rank FROM wanted w CROSS JOIN LATERAL (
     SELECT * FROM (
-      SELECT q.ctid AS place, q.lane, q.rank_ms, q.queue_id, q.not_before,
-             first_value(q.lane) OVER along AS first_lane, first_value(q.rank_ms) OVER along AS first_rank
+      SELECT q.ctid AS place, q.rank_ms, q.queue_id, q.not_before, least(q.expires_at, q.give_up_at) AS ends_at,
+             first_value(q.rank_ms) OVER along AS first_rank
       FROM a2a_queue q
-      WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' AND (q.lane, q.rank_ms) >= (w.lane, w.rank_ms)
-      WINDOW along AS (ORDER BY q.lane, q.rank_ms, q.queue_id ROWS UNBOUNDED PRECEDING)) waiting
-    WHERE not_before IS NULL OR not_before <= coalesce($6, clock_timestamp())
-    ORDER BY lane, rank_ms, queue_id LIMIT w.spare) line)
-UPDATE a2a_queue q SET status = 'dispatched', owner = $5, delivery_no = delivery_no + 1,
-  dispatched_at = coalesce($6, clock_timestamp()), rev = q.rev + 1
+      WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' AND q.lane = 1 AND q.rank_ms >= w.floor
+      WINDOW along AS (ORDER BY q.rank_ms, q.queue_id ROWS UNBOUNDED PRECEDING)) waiting
+    WHERE (not_before IS NULL OR not_before <= coalesce($5, clock_timestamp()))
+      AND ends_at > coalesce($5, clock_timestamp())
+    ORDER BY rank_ms, queue_id LIMIT w.spare) line)
+UPDATE a2a_queue q SET status = 'dispatched', owner = $4, delivery_no = delivery_no + 1,
+  dispatched_at = coalesce($5, clock_timestamp()), rev = q.rev + 1
 FROM head WHERE q.ctid = head.place AND q.status = 'queued'
 RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
-          q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
-          head.first_lane, head.first_rank
+          q.cancel_at, q.priority, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
+          extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch, head.first_rank
+
+-- name: line_heads
+-- Where CRITICAL waits: the first of both lanes, in their order. Which of them go is not SQL's to say.
+SELECT w.workspace_id, w.lane, line.place, line.first_rank, line.enqueued_epoch
+FROM unnest($1::text[], $2::int[], $3::smallint[], $4::bigint[]) WITH ORDINALITY AS w(workspace_id, spare, lane, floor, n)
+CROSS JOIN LATERAL (
+  SELECT * FROM (
+    SELECT q.ctid AS place, q.rank_ms, q.queue_id, q.not_before, least(q.expires_at, q.give_up_at) AS ends_at,
+           first_value(q.rank_ms) OVER along AS first_rank,
+           extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch
+    FROM a2a_queue q
+    WHERE q.workspace_id = w.workspace_id AND q.status = 'queued' AND q.lane = w.lane AND q.rank_ms >= w.floor
+    WINDOW along AS (ORDER BY q.rank_ms, q.queue_id ROWS UNBOUNDED PRECEDING)) waiting
+  WHERE (not_before IS NULL OR not_before <= coalesce($5, clock_timestamp()))
+    AND ends_at > coalesce($5, clock_timestamp())
+  ORDER BY rank_ms, queue_id LIMIT w.spare) line
+
+-- name: claim_places
+UPDATE a2a_queue q SET status = 'dispatched', owner = $2, delivery_no = delivery_no + 1,
+  dispatched_at = coalesce($3, clock_timestamp()), rev = q.rev + 1
+FROM unnest($1::tid[]) AS head(place) WHERE q.ctid = head.place AND q.status = 'queued'
+RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
+          q.cancel_at, q.priority, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
+          extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch
+
+-- name: oldest_items
+-- Since when the first of a lane waits; $3: of those that may go then by their own clock.
+SELECT w.workspace_id, w.lane, q.enqueued_at
+FROM unnest($1::text[], $2::smallint[]) AS w(workspace_id, lane) CROSS JOIN LATERAL (
+  SELECT enqueued_at FROM a2a_queue WHERE workspace_id = w.workspace_id AND status = 'queued' AND lane = w.lane
+    AND ($3::timestamptz IS NULL OR not_before IS NULL OR not_before <= $3)
+  ORDER BY rank_ms, queue_id LIMIT 1) q
+
+-- name: shift_clocks
+-- A pause is over: what waited through it, or through a part of it, has that much more time.
+UPDATE a2a_queue q SET
+  expires_at = q.expires_at + (to_timestamp(w.until) - greatest(to_timestamp(w.since), q.enqueued_at)),
+  give_up_at = q.give_up_at + (to_timestamp(w.until) - greatest(to_timestamp(w.since), q.enqueued_at))
+FROM unnest($1::text[], $2::float8[], $3::float8[]) AS w(workspace_id, since, until)
+WHERE q.workspace_id = w.workspace_id AND q.enqueued_at < to_timestamp(w.until)
 
 -- name: finish_items
 -- Fenced by delivery_no. A success that comes late also completes the row while it is queued again.
@@ -201,12 +248,12 @@ gone AS (DELETE FROM a2a_queue q WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FR
 kept AS (
   INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
     method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error,
-    answer, rev)
+    answer, retry_of, rev)
   SELECT g.queue_id, g.workspace_id, g.caller_id, g.caller_hash, g.key_hash, g.body_hash, g.priority, d.status, d.reason,
     g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts + d.attempts, g.delivery_no,
-    g.agent_task_id, coalesce(d.last_error, g.last_error), d.answer, g.rev + 1
+    g.agent_task_id, coalesce(d.last_error, g.last_error), d.answer, g.retry_of, g.rev + 1
   FROM gone g JOIN done d USING (queue_id))
-SELECT queue_id, workspace_id, status, delivery_no, rev + 1 AS rev,
+SELECT queue_id, workspace_id, status, delivery_no, priority, rev + 1 AS rev,
        extract(epoch FROM dispatched_at)::float8 AS dispatched_epoch FROM gone
 
 -- name: requeue_items
@@ -223,7 +270,8 @@ UPDATE a2a_queue q SET status = 'queued', owner = NULL, attempts = q.attempts + 
   not_before = CASE WHEN b.wait_s > 0 THEN clock_timestamp() + make_interval(secs => b.wait_s) ELSE q.not_before END,
   reason = b.reason, last_error = coalesce(b.last_error, q.last_error), rev = q.rev + 1
 FROM back b WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FROM mine)) AND q.queue_id = b.queue_id
-RETURNING q.queue_id, q.workspace_id, q.lane, q.rank_ms, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
+RETURNING q.queue_id, q.workspace_id, q.priority, q.lane, q.rank_ms,
+          extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
 
 -- name: set_agent_task
 UPDATE a2a_queue SET agent_task_id = $3, rev = rev + 1
@@ -232,7 +280,9 @@ WHERE queue_id = $1 AND status = 'dispatched' AND delivery_no = $2 RETURNING que
 -- name: owned_items
 -- A replica's own deliveries, with where their agents are now and when those last beat.
 SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
-       q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
+       q.cancel_at, q.priority, q.lane, q.rank_ms, q.rev,
+       extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
+       extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch,
        w.url, w.agent_authorization, extract(epoch FROM clock_timestamp() - w.beat_at)::float8 AS beat_age_s
 FROM a2a_queue q CROSS JOIN LATERAL (
   SELECT * FROM workspaces WHERE workspace_id = q.workspace_id ORDER BY rev DESC LIMIT 1) w
@@ -255,7 +305,9 @@ RETURNING clock_timestamp() - unbroken_since >= make_interval(secs => $2) AS may
 -- Postgres may have stood still since. A claim is a sign of life too: who comes back may claim before it beats. Keyset,
 -- so that a page of rows that cannot be written hides nobody (B-08).
 SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, q.deaths, q.hops, q.agent_task_id,
-       q.cancel_at, q.lane, q.rank_ms, q.rev, extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
+       q.cancel_at, q.priority, q.lane, q.rank_ms, q.rev,
+       extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
+       extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch
 FROM a2a_queue q LEFT JOIN replicas r ON r.replica_id = q.owner
 CROSS JOIN (SELECT coalesce($3, beat_at) - make_interval(secs => $2) AS since FROM replicas WHERE replica_id = $1) silent
 WHERE q.status = 'dispatched' AND q.owner <> $1 AND q.dispatched_at < silent.since
@@ -269,6 +321,57 @@ DELETE FROM replicas r WHERE r.beat_at < clock_timestamp() - make_interval(secs 
 
 -- name: leave_replica
 DELETE FROM replicas WHERE replica_id = $1
+
+-- name: finished_days
+-- The partitions of what has ended, each named after the last day that it holds.
+SELECT c.relname AS name FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+WHERE i.inhparent = 'a2a_finished'::regclass ORDER BY c.relname
+
+-- name: forget_finished
+-- What no day took, by batch. SKIP LOCKED, here and below: two replicas that forget share the work.
+WITH old AS (
+  SELECT ctid FROM a2a_finished_default WHERE ended_at < $1 ORDER BY ended_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+DELETE FROM a2a_finished_default WHERE ctid = ANY(ARRAY(SELECT ctid FROM old))
+
+-- name: blank_bodies
+-- Of what ended from $1 (null: ever) to $2, a page by its ids.
+WITH old AS (
+  SELECT queue_id FROM a2a_finished
+  WHERE ended_at >= coalesce($1::timestamptz, '-infinity') AND ended_at < $2 AND queue_id > $3 AND NOT body_dropped
+  ORDER BY queue_id LIMIT $4 FOR NO KEY UPDATE)
+UPDATE a2a_finished SET body = '', body_dropped = true
+WHERE ended_at >= coalesce($1::timestamptz, '-infinity') AND ended_at < $2
+  AND queue_id = ANY(ARRAY(SELECT queue_id FROM old))
+RETURNING queue_id
+
+-- name: forget_keys
+WITH old AS (
+  SELECT ctid FROM idempotency_keys WHERE expires_at < coalesce($1, now())
+  ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+DELETE FROM idempotency_keys WHERE ctid = ANY(ARRAY(SELECT ctid FROM old))
+
+-- name: forget_letters
+WITH old AS (
+  SELECT digest FROM dead_letters WHERE at < coalesce($1, now()) - make_interval(days => $2)
+  ORDER BY at, digest LIMIT $3 FOR UPDATE SKIP LOCKED)
+DELETE FROM dead_letters WHERE digest = ANY(ARRAY(SELECT digest FROM old))
+
+-- name: count_letters
+-- Up to $2 of each reason: a flood of them must not cost a scan at every look.
+SELECT r.reason, (SELECT count(*) FROM (
+  SELECT FROM dead_letters d WHERE d.reason = r.reason AND d.replayed_at IS NULL LIMIT $2) waiting)::int AS waiting
+FROM unnest($1::text[]) AS r(reason)
+
+-- name: list_letters
+SELECT digest, at, fact_type, reason, error, octet_length(fact) AS size, replayed_at FROM dead_letters
+WHERE (at, digest) < (coalesce($1::timestamptz, 'infinity'), coalesce($2::bytea, ''))
+ORDER BY at DESC, digest DESC LIMIT $3
+
+-- name: lock_letter
+SELECT fact_type, reason, fact, replayed_at FROM dead_letters WHERE digest = $1 FOR NO KEY UPDATE
+
+-- name: mark_replayed
+UPDATE dead_letters SET replayed_at = now() WHERE digest = $1 RETURNING replayed_at
 
 -- name: ending_items
 -- Not while its workspace is paused: both clocks stop then. now(), for an index is not compared with what is volatile.
@@ -289,12 +392,13 @@ mine AS (
 gone AS (DELETE FROM a2a_queue q WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FROM mine)) RETURNING q.*),
 kept AS (
   INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
-    method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error, rev)
+    method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error,
+    retry_of, rev)
   SELECT g.queue_id, g.workspace_id, g.caller_id, g.caller_hash, g.key_hash, g.body_hash, g.priority, w.status, w.reason,
     g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts, g.delivery_no,
-    g.agent_task_id, g.last_error, g.rev + 1
+    g.agent_task_id, g.last_error, g.retry_of, g.rev + 1
   FROM gone g JOIN wanted w USING (queue_id))
-SELECT queue_id, workspace_id, rev + 1 AS rev FROM gone
+SELECT queue_id, workspace_id, priority, rev + 1 AS rev FROM gone
 
 -- name: ask_cancel
 UPDATE a2a_queue SET cancel_at = coalesce(cancel_at, clock_timestamp()), rev = rev + 1
@@ -303,12 +407,41 @@ WHERE queue_id = $1 AND status = 'dispatched' RETURNING queue_id
 -- name: find_item
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS ended_reason, priority, attempts, delivery_no,
        enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
-       context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error
+       context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error, retry_of,
+       NULL::uuid AS retried_by, not_before
 FROM a2a_queue WHERE queue_id = $1
 UNION ALL
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, reason, priority, attempts, delivery_no, enqueued_at,
-       dispatched_at, ended_at, NULL, NULL, NULL, context_id, method, agent_task_id, superseded_by, answer, last_error
+       dispatched_at, ended_at, NULL, NULL, NULL, context_id, method, agent_task_id, superseded_by, answer, last_error,
+       retry_of, retried_by, NULL
 FROM a2a_finished WHERE queue_id = $1
+
+-- name: find_failed
+-- All that a new item takes over from one that ended.
+SELECT queue_id, workspace_id, caller_id, caller_hash, body_hash, priority, status, method, body, context_id, retried_by
+FROM a2a_finished WHERE queue_id = $1
+
+-- name: set_retried
+UPDATE a2a_finished SET retried_by = $2 WHERE queue_id = $1
+
+-- name: promote_item
+-- Before whatever stands first in its lane. One that stands there already stays: said twice, it is the same.
+UPDATE a2a_queue q SET rank_ms = first.rank_ms - 1, rev = q.rev + 1
+FROM (SELECT head.queue_id, head.rank_ms FROM a2a_queue mine CROSS JOIN LATERAL (
+        SELECT queue_id, rank_ms FROM a2a_queue
+        WHERE workspace_id = mine.workspace_id AND status = 'queued' AND lane = mine.lane
+        ORDER BY rank_ms, queue_id LIMIT 1) head
+      WHERE mine.queue_id = $1 AND mine.status = 'queued') first
+WHERE q.queue_id = $1 AND q.status = 'queued' AND first.queue_id <> q.queue_id
+RETURNING q.workspace_id, q.lane, q.rank_ms
+
+-- name: match_waiting
+-- In delivery order. What matches is ended in pages; all of it is counted up to a bound.
+SELECT queue_id FROM a2a_queue
+WHERE workspace_id = $1 AND status = 'queued' AND ($2::smallint IS NULL OR priority = $2)
+  AND ($3::bytea IS NULL OR caller_hash = $3)
+  AND ($4::float8 IS NULL OR enqueued_at < coalesce($5, now()) - make_interval(secs => $4))
+ORDER BY lane, rank_ms, queue_id LIMIT $6
 
 -- name: is_known
 -- Whether $3 is an item of this caller here, waiting or ended, or $4 one of his explicit keys.
@@ -326,25 +459,31 @@ SELECT count(*)::int FROM (
 -- In delivery order; the cursor is the last item's place.
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS ended_reason, priority, attempts, delivery_no,
        enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
-       context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error
+       context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error, retry_of,
+       NULL::uuid AS retried_by, not_before
 FROM a2a_queue
-WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2) AND status = 'queued'
+WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2)
+  AND ($7::smallint IS NULL OR priority = $7) AND status = 'queued'
   AND (lane, rank_ms, queue_id) > ($3::smallint, $4::bigint, $5::uuid)
 ORDER BY lane, rank_ms, queue_id LIMIT $6
 
 -- name: list_dispatched
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS ended_reason, priority, attempts, delivery_no,
        enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
-       context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error
+       context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error, retry_of,
+       NULL::uuid AS retried_by, not_before
 FROM a2a_queue
-WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2) AND status = 'dispatched'
+WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2)
+  AND ($7::smallint IS NULL OR priority = $7) AND status = 'dispatched'
   AND (lane, rank_ms, queue_id) > ($3::smallint, $4::bigint, $5::uuid)
 ORDER BY lane, rank_ms, queue_id LIMIT $6
 
 -- name: list_finished
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, reason AS ended_reason, priority, attempts, delivery_no,
        enqueued_at, dispatched_at, ended_at, NULL::timestamptz AS expires_at, NULL::smallint AS lane,
-       NULL::bigint AS rank_ms, context_id, method, agent_task_id, superseded_by, NULL::bytea AS answer, last_error
+       NULL::bigint AS rank_ms, context_id, method, agent_task_id, superseded_by, NULL::bytea AS answer, last_error,
+       retry_of, retried_by, NULL::timestamptz AS not_before
 FROM a2a_finished
-WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2) AND status = $3 AND queue_id < $4
+WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2)
+  AND ($6::smallint IS NULL OR priority = $6) AND status = $3 AND queue_id < $4
 ORDER BY queue_id DESC LIMIT $5

@@ -17,6 +17,8 @@ class Settings(SharedSettings):
     attempts_max: int = Field(default=5, ge=1)
     deaths_max: int = Field(default=3, ge=1)
     """Deliveries that the agent did not survive, after which a message is poison."""
+    starvation_limit_s: float = Field(default=1800.0, ge=0)
+    """What has waited for longer takes every second turn from CRITICAL."""
     sweep_s: float = Field(default=5.0, gt=0)
     """How often workspaces that wait are looked at without a reason, and expired items end."""
     reconcile_s: float = Field(default=30.0, gt=0)
@@ -55,3 +57,9 @@ class Settings(SharedSettings):
     answer_bytes_max: int = Field(default=8 << 20, ge=1)
     idempotency_keep_s: float = Field(default=7 * 86400.0, gt=0)
     """How long an explicit Idempotency-Key answers with what it once gave."""
+    retention_days: int = Field(default=7, ge=1)
+    """UTC days for which an item is found after the day of its ending; then it is 404."""
+    bodies_days: int | None = Field(default=None, ge=0)
+    """The same for its body alone, if that is to go earlier. An item without its body cannot be retried."""
+    dead_letters_days: int = Field(default=30, ge=1)
+    """How long a fact that was set aside can be listed and replayed."""

@@ -14,11 +14,11 @@ from pathlib import Path
 import structlog
 
 from deploy.local.servers import Servers, servers
-from tests.bench import claim, compared, figures, freed
+from tests.bench import claim, compared, figures, freed, waits
 from tests.bench.table import Row, as_json, as_text, write
 from tests.conftest import TEMPLATE, Stack, make_template
 
-PARTS = ("forward", "keep", "drain", "freed", "beats", "claim", "idle")
+PARTS = ("forward", "keep", "drain", "freed", "waits", "beats", "claim", "idle")
 SIZES = (1_000, 100_000, 1_000_000)
 
 
@@ -42,8 +42,16 @@ async def measure(
                 print(f"a peer could not be measured: {error}", file=sys.stderr)  # the other figures stand
         if "beats" in parts:
             rows += await figures.beats(bench, folder)
+    return rows + await _measure_queue(running, parts, sizes)
+
+
+async def _measure_queue(running: Servers, parts: Sequence[str], sizes: Sequence[int]) -> list[Row]:
+    """What needs no proxy."""
+    rows: list[Row] = []
     if "freed" in parts:
         rows += freed.rows(await freed.measure(Stack(_database(running, "freed"), running.rabbitmq.vhost("freed"))))
+    if "waits" in parts:
+        rows += waits.rows(await waits.measure(Stack(_database(running, "waits"), running.rabbitmq.vhost("waits"))))
     if "claim" in parts:
         claims = Stack(_database(running, "claim"), running.rabbitmq.url)
         rows += claim.rows(await claim.run(claims, list(sizes)))

@@ -59,13 +59,13 @@ async def measure(stack: Stack, bench: Bench, admin: Connection, rows: int) -> d
             await claim_kit.load(connection, "w", rows)
             found["load_s"] = time.perf_counter() - begun
             found["never analysed"] = await sample(connection, claim)
-            nodes = await explain(connection, "claim_items", "'{w}', '{1}', '{0}', '{0}', 'me', NULL")
+            nodes = await explain(connection, "claim_items", "'{w}', '{1}', '{0}', 'me', NULL")
             found["sorts"] = sum("Sort" in node["Node Type"] for node in nodes)
         await admin.execute("VACUUM ANALYZE queue.a2a_queue, queue.workspaces", timeout=600)
         found["plain"] = await sample(connection, claim)
         found["turn"] = await sample(connection, lambda: bench.turn(connection, "w"))
         found["list 50"] = await sample(
-            connection, lambda: connection.fetch(SQL["list_waiting"], "w", None, -1, -1, UUID(int=0), 51)
+            connection, lambda: connection.fetch(SQL["list_waiting"], "w", None, -1, -1, UUID(int=0), 51, None)
         )
         found["position"] = await sample(
             connection, lambda: connection.fetchval(SQL["count_ahead"], "w", 1, 1 << 60, UUID(int=0))

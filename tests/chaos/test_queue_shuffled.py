@@ -233,7 +233,7 @@ async def state(side: Replica) -> dict[str, object]:
             place = (
                 row.get("lane"),
                 row.get("rank_ms"),
-                row.get("expires_at"),
+                row.get("expires_at") is not None,  # when: a pause gave back as long as it was known here
                 row.get("cancel_at"),
                 row.get("reason"),
             )

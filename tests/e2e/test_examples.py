@@ -186,6 +186,7 @@ async def test_an_idle_agent_answers_a_caller_of_every_kind(
 async def test_a_busy_agent_gets_the_message_of_a_caller_of_every_kind_later(
     caller: tuple[Kind, Sequence[str]], ring: Ready, fleet: Fleet
 ) -> None:
+    """A-P-10: 202, poll, the final result; also by the official SDKs of both versions; nobody does the work itself."""
     kind, command = caller
     agent = await fleet.start()
     await busy(agent)

@@ -15,9 +15,9 @@ from typing import Any
 import asyncpg
 from pydantic import SecretStr
 
-from services.queue import decide, store
+from services.queue import store
 from services.queue.deliver import Ending
-from services.queue.drain import Drain, Turn
+from services.queue.drain import Drain, Turn, begin
 from services.queue.settings import Settings
 from services.queue.store import SQL
 from shared.addresses import AddressRules
@@ -107,8 +107,8 @@ class Bench:
     async def claim_alone(self, connection: Connection, name: str) -> None:
         """Lock, claim, count, in the caller's transaction: what a claim is, without what a turn tells of it."""
         workspaces = await store.lock(connection, [name])
-        items, first = await store.claim(connection, {name: 1}, workspaces, "me", None)
-        after = {name: decide.begin(workspaces[name], len(items), first[name])}
+        claimed = await store.claim(connection, {name: 1}, workspaces, "me", None, starvation_limit_s=1800)
+        after = {name: begin(workspaces[name], claimed[name])}
         await store.save_counters(connection, workspaces, after)
 
     async def touched(self, connection: Connection, work: Callable[[], Awaitable[object]]) -> int:

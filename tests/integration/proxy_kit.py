@@ -171,7 +171,7 @@ async def proxy(stack: Stack, **changes: object) -> AsyncIterator[Proxy]:
     settings = proxy_settings(stack, **changes)
     door = Door()
     async with (
-        _nothing_left(),
+        nothing_left(),
         running("proxy", settings, MIGRATIONS, app=door.app) as service,
         AsyncExitStack() as parts,
     ):
@@ -188,7 +188,7 @@ async def proxy(stack: Stack, **changes: object) -> AsyncIterator[Proxy]:
 
 
 @asynccontextmanager
-async def _nothing_left() -> AsyncIterator[None]:
+async def nothing_left() -> AsyncIterator[None]:
     """Drivers end their connections in tasks of their own: let them, before the loop is gone."""
     before = asyncio.all_tasks()
     yield

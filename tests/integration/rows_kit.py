@@ -10,7 +10,7 @@ from uuid_utils.compat import uuid7
 
 from services.queue import decide, store
 from services.queue.decide import Item, Reply
-from services.queue.drain import account
+from services.queue.drain import account, begin
 from services.queue.handlers import keep
 from services.queue.store import Settled
 from shared.database import Connection, Pool, transact
@@ -32,15 +32,10 @@ async def enqueue(pool: Pool, *facts: MessageBusy) -> set[UUID]:
     async def work(connection: Connection) -> set[UUID]:
         before = await store.lock(connection, {fact.workspace_id for fact in facts})
         kept = await keep(connection, facts, before, 3600)
-        after = {
-            name: replace(
-                workspace,
-                url="http://a",
-                waiting=workspace.waiting
-                + sum(fact.queue_id in kept.new for fact in facts if fact.workspace_id == name),
-            )
-            for name, workspace in before.items()
-        }
+        after = {name: replace(workspace, url="http://a") for name, workspace in before.items()}
+        for fact in facts:
+            if fact.queue_id in kept.new:
+                after[fact.workspace_id] = decide.keep(after[fact.workspace_id], store.place_of(fact), fact.priority)
         await store.save(connection, before, after)
         return kept.new
 
@@ -53,10 +48,11 @@ async def claim(pool: Pool, name: str, owner: str) -> list[Item]:
     async def work(connection: Connection) -> list[Item]:
         before = await store.lock(connection, [name])
         free = decide.spare(before[name], await store.clock(connection, None))
-        items, first = await store.claim(connection, {name: free} if free else {}, before, owner, None)
-        after = {name: decide.begin(before[name], len(items), first[name])} if items else before
-        await store.save(connection, before, after)
-        return items
+        spare = {name: free} if free else {}
+        claimed = await store.claim(connection, spare, before, owner, None, starvation_limit_s=1800)
+        after = {name: begin(before[name], mine) for name, mine in claimed.items()}
+        await store.save_counters(connection, before, after)
+        return [item for mine in claimed.values() for item in mine.items]
 
     return await transact(pool, work)
 

@@ -204,6 +204,13 @@ async def test_reserved_names_are_refused_on_every_route(front: Proxy, prefix: s
         ("GET", f"/workspaces/{name}", None),
         ("PATCH", f"/workspaces/{name}", {}),
         ("POST", f"/workspaces/{name}/remove", None),
+        ("POST", f"/workspaces/{name}/pause", None),
+        ("POST", f"/workspaces/{name}/resume", None),
+        ("POST", f"/workspaces/{name}/queue/cancel", {}),
+        ("POST", "/queue/01890000-0000-7000-8000-000000000001/retry", None),
+        ("POST", "/queue/01890000-0000-7000-8000-000000000001/promote", None),
+        ("GET", "/dead-letters", None),
+        ("POST", f"/dead-letters/{'ab' * 32}/replay", None),
     ]
     for method, path, body in routes:
         for token in (ADMIN, None):

@@ -197,7 +197,8 @@ async def test_a_paused_workspace_stays_paused_when_its_agent_registers_again(fr
         fact = front.busy(name, "x")
         await front.keep(fact)
         item = await front.item(fact.queue_id)
-        assert (item["status"], item["why"]) == ("queued", "next in line: the workspace is paused")
+        assert (item["status"], item["waits"]["reason"]) == ("queued", "paused")
+        assert item["why"].startswith("next in line: the workspace has been paused for ")
         await front.register(name, worker.url)
         await front.ended(fact.queue_id)
 

@@ -164,7 +164,7 @@ async def test_a_counter_that_is_wrongly_zero_hides_no_item(front: Door) -> None
         facts = [front.busy(name, str(number)) for number in range(3)]
         for fact in facts:
             await front.keep(fact)
-        forget = "UPDATE workspaces SET waiting = 0, paused = false WHERE workspace_id = $1"
+        forget = "UPDATE workspaces SET waiting = 0, paused = false, paused_at = NULL WHERE workspace_id = $1"
         await front.side.pool.execute(forget, name)
         await front.ended(*(fact.queue_id for fact in facts))
         assert [each.text for each in worker.received] == ["0", "1", "2"]
@@ -219,6 +219,16 @@ async def test_counters_are_held_against_rows_without_counting_the_backlog(rows:
     print(f"buffers: a page of 5 workspaces with 26,000 items {page}, counting 1,001 of 20,000 {counted}, all {whole}")
     assert page < 100
     assert counted * 5 < whole
+
+
+async def test_critical_that_no_counter_knows_is_found_however_long_the_line(rows: Pool, stack: Stack) -> None:
+    """B-06: without its counter no claim looks into its lane, and the wrong counter was above the bound."""
+    await fill(rows, "deep", 3_000)
+    await rows.execute("UPDATE a2a_queue SET priority = 100, lane = 0 WHERE rank_ms > 2998")
+    assert await loops(stack, rows).reconcile() > 0
+    counters = await rows.fetchrow("SELECT waiting, waiting_critical FROM workspaces WHERE workspace_id = 'deep'")
+    assert counters is not None
+    assert tuple(counters) == (3_000, 2)
 
 
 async def buffers(connection: Connection | Pool, query: str, *arguments: Any) -> int:
@@ -297,7 +307,9 @@ async def lose(pool: Pool, name: str, count: int) -> None:
         name,
     )
     await pool.execute(
-        "UPDATE workspaces SET waiting = 0, running = $2, paused = true WHERE workspace_id = $1", name, count
+        "UPDATE workspaces SET waiting = 0, running = $2, paused = true, paused_at = now() WHERE workspace_id = $1",
+        name,
+        count,
     )
 
 
@@ -570,7 +582,7 @@ async def test_no_item_is_without_a_deadline_and_each_ends_visibly_at_it(rows: P
 async def test_a_page_of_items_that_do_not_end_hides_no_later_one(rows: Pool, stack: Stack) -> None:
     """B-08: 600 of a paused workspace, whose clock stands, 500 that Postgres refuses to write, and then one."""
     await fill(rows, "paused", 600)
-    await rows.execute("UPDATE workspaces SET paused = true")
+    await rows.execute("UPDATE workspaces SET paused = true, paused_at = now()")
     await fill(rows, "stuck", 500)
     await rows.execute("UPDATE a2a_queue SET give_up_at = now() - interval '2 days'")
     await fill(rows, "later", 1)
@@ -641,7 +653,9 @@ async def test_work_whose_wake_up_was_lost_is_found_behind_a_page_that_cannot_be
         async with pool.acquire() as connection, connection.transaction():
             for number in range(500):
                 await fill(connection, f"a{number:03}", 1)
-            await connection.execute("UPDATE workspaces SET paused = true WHERE workspace_id LIKE 'a%'")
+            await connection.execute(
+                "UPDATE workspaces SET paused = true, paused_at = now() WHERE workspace_id LIKE 'a%'"
+            )
             fact = front.busy("z", "x")
             await fill(connection, "z", 1)
             await connection.execute(

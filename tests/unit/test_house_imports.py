@@ -23,12 +23,17 @@ ROOMS: dict[str, set[str]] = {
     "forward": {"decide", "metrics", "settings", "copies"},
     "deliver": {"decide", "metrics", "settings"},
     "drivers": {"decide", "metrics", "settings"},
-    "drain": {"store", "decide", "deliver", "metrics", "settings"},
+    "backlogs": {"store", "decide"},
+    "drain": {"store", "decide", "deliver", "backlogs", "metrics", "settings"},
     "copies": {"decide", "metrics", "settings"},
-    "handlers": {"store", "decide", "metrics", "settings", "drain", "copies"},
-    "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "copies"},
+    "handlers": {"store", "decide", "metrics", "settings", "drain", "backlogs", "copies"},
+    "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "copies"},
     "aside": {"store", "metrics"},
-    "answers": {"store", "decide", "drain", "loops"},
+    "history": {"store", "metrics", "settings"},
+    "letters": {"store", "aside"},
+    "items": {"store", "decide"},
+    "verbs": {"store", "decide", "items", "loops"},
+    "answers": {"store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters"},
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }
 
@@ -53,7 +58,7 @@ def refusal(module: str, imported: str) -> str | None:
     """Why `module` may not import `imported`; None: it may."""
     top, target = module.split(".", maxsplit=1)[0], imported.split(".", maxsplit=1)[0]
     if target not in PACKAGES:
-        if module.endswith(".decide") and target not in sys.stdlib_module_names:
+        if ".decide." in f"{module}." and target not in sys.stdlib_module_names:
             return "decide is pure: the standard library and shared.facts"
         return None
     if top == "shared":
@@ -68,7 +73,7 @@ def refusal(module: str, imported: str) -> str | None:
 
 def _inside_service(module: str, imported: str) -> str | None:
     if imported.startswith("shared."):
-        impure = module.endswith(".decide") and not imported.startswith(("shared.facts.", "shared.capacity."))
+        impure = ".decide." in f"{module}." and not imported.startswith(("shared.facts.", "shared.capacity."))
         return "decide is pure: the standard library, shared.facts and shared.capacity" if impure else None
     service, room = [*module.split("."), "", ""][1:3]
     parts = [*imported.split("."), "", ""][1:3]

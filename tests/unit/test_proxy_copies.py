@@ -121,6 +121,15 @@ def test_nothing_is_known_before_a_snapshot_is_complete() -> None:
     assert backlogs.copied_at("w") == T0 + 1
 
 
+def test_how_long_a_turn_takes_is_remembered_when_nothing_waits_any_more() -> None:
+    """A-Q-24: the next line that fills up is told from it."""
+    backlogs = Backlogs()
+    backlogs.hear(change(1, 2).model_copy(update={"turn_s": 7.5, "oldest_at": at(-3)}))
+    assert (backlogs.view("w").turn_s, backlogs.view("w").oldest_at) == (7.5, T0 - 3)
+    backlogs.hear_part(snapshot(5))
+    assert (backlogs.view("w").turn_s, backlogs.view("w").oldest_at) == (7.5, None)
+
+
 def test_whom_a_newer_snapshot_leaves_out_has_nothing() -> None:
     backlogs = Backlogs()
     backlogs.hear(change(7, 4, seconds=1))

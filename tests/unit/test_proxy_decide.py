@@ -24,7 +24,9 @@ from services.proxy.decide import (
     Standing,
     Verdict,
     admit,
+    place_frees_in_s,
     route,
+    takes_place,
 )
 from shared.facts import Priority
 
@@ -49,6 +51,7 @@ HEADS: list[tuple[str, dict[str, Any], tuple[int, str]]] = [
     ("registry away", {"standing": Standing.UNSURE}, (503, "token_unchecked")),
     ("hops no number", {"hops": None}, (400, "hops_unreadable")),
     ("hops 17", {"hops": 17}, (508, "too_many_hops")),
+    ("too many calls", {"rate_wait_s": 0.2}, (429, "rate_limited")),
 ]
 
 
@@ -112,6 +115,7 @@ def test_the_first_row_that_is_true_decides() -> None:
         "known": True,
         "key_running": True,
         "share": Share(depth=1000),
+        "critical_wait_s": 6.0,
         "keyed": True,
         "repeated": True,
         "limited_wait": True,
@@ -136,7 +140,7 @@ def test_the_first_row_that_is_true_decides() -> None:
     assert route(replace(IDLE, **everything)) == Forward()
     assert seen == [
         "workspace_unknown", "body_too_large", "priority_not_allowed", "attach", "keyed", "running", "ask",
-        "keyed", "repeated", "limited_wait", "self", "queue_first", "backlog", "no_copy", "paused", "offline",
+        "ask", "keyed", "repeated", "limited_wait", "self", "queue_first", "backlog", "no_copy", "paused", "offline",
         "gate_closed", "no_url", "not_before", "at_capacity",
     ]  # fmt: skip
 
@@ -175,6 +179,89 @@ def test_depth_and_share(share: Share, expected: tuple[int, str] | None) -> None
         assert refused(verdict) == expected
         assert isinstance(verdict, Refuse)
         assert verdict.retry_after_s
+
+
+PLACES = [
+    ("nothing measured", None, 1, 30),
+    ("nothing measured, three at a time", None, 3, 30),
+    ("a turn of a minute", 60.0, 1, 60),
+    ("three of them at a time", 60.0, 3, 20),
+    ("never before the moment", 10.0, 3, 4),
+    ("a turn of 0 s", 0.0, 1, 1),
+    ("just under a second", 0.99, 1, 1),
+    ("a second", 1.0, 1, 1),
+    ("just over a second", 1.01, 1, 2),
+    ("just under the most", 599.5, 1, 600),
+    ("the most", 600.0, 1, 600),
+    ("over the most", 600.5, 1, 600),
+    ("a turn of a day", 86_400.0, 1, 600),
+    ("without an end", float("inf"), 1, 600),
+]
+
+
+@pytest.mark.parametrize(
+    ("turn_s", "at_a_time", "expected"), [row[1:] for row in PLACES], ids=[row[0] for row in PLACES]
+)
+def test_when_a_place_frees(turn_s: float | None, at_a_time: int, expected: int) -> None:
+    """A-P-13, A-Q-24: Retry-After says it."""
+    assert place_frees_in_s(turn_s, at_a_time) == expected
+    for share in (
+        Share(depth=9, depth_max=9, turn_s=turn_s),
+        Share(depth=8, depth_max=9, callers=7, others=1, turn_s=turn_s),
+    ):
+        verdict = route(replace(IDLE, share=share, in_use_max=at_a_time))
+        assert isinstance(verdict, Refuse)
+        assert verdict.retry_after_s == expected
+
+
+SPENT = replace(IDLE, priority=Priority.CRITICAL, may_critical=True, critical_wait_s=5.2)
+QUOTA = [
+    ("a new one", {}, (429, "critical_quota")),
+    ("to an idle agent or not", {"backlog": 3}, (429, "critical_quota")),
+    ("one that joins", {"in_flight": InFlight.SAME}, Attach()),
+    ("one that runs", {"key_running": True}, Keep(Reason.RUNNING)),
+    ("a retry, not asked yet", {"repeated": True}, Ask()),
+    ("a retry of an item", {"repeated": True, "known": True}, Keep(Reason.REPEATED)),
+    ("a fresh key", {"keyed": True, "known": False}, (429, "critical_quota")),
+    ("without the right", {"may_critical": False}, (403, "priority_not_allowed")),
+    ("while the line is full", {"share": Share(depth=1000)}, (429, "queue_full")),
+    ("with one left", {"critical_wait_s": 0.0}, Forward()),
+]
+
+
+@pytest.mark.parametrize(("facts", "expected"), [row[1:] for row in QUOTA], ids=[row[0] for row in QUOTA])
+def test_the_quota_of_critical_is_for_what_takes_a_new_place(facts: dict[str, Any], expected: object) -> None:
+    verdict = route(replace(SPENT, **facts))
+    assert (refused(verdict) if isinstance(expected, tuple) else verdict) == expected
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "told"), [(0.001, 1), (0.999, 1), (1.0, 1), (1.001, 2), (59.5, 60)], ids=lambda value: f"{value:g}"
+)
+def test_a_retry_after_is_never_before_the_moment(wait_s: float, told: int) -> None:
+    """A-P-13: whoever comes back when told is not told to come back again."""
+    for arrival in (replace(IDLE, head=Head(rate_wait_s=wait_s)), replace(SPENT, critical_wait_s=wait_s)):
+        verdict = route(arrival)
+        assert isinstance(verdict, Refuse)
+        assert verdict.retry_after_s == told
+
+
+COUNTED: list[tuple[str, dict[str, Any], Verdict, bool]] = [
+    ("forwarded", {}, Forward(), True),
+    ("kept", {}, Keep(Reason.BACKLOG), True),
+    ("kept under a fresh key", {"known": False}, Keep(Reason.KEYED), True),
+    ("an item already", {"known": True}, Keep(Reason.KEYED), False),
+    ("runs already", {"key_running": True}, Keep(Reason.RUNNING), False),
+    ("joined", {}, Attach(), False),
+    ("refused", {}, FAULT, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("facts", "verdict", "expected"), [row[1:] for row in COUNTED], ids=[row[0] for row in COUNTED]
+)
+def test_what_takes_a_new_place(facts: dict[str, Any], verdict: Verdict, *, expected: bool) -> None:
+    assert takes_place(replace(IDLE, **facts), verdict) is expected
 
 
 FULL = replace(IDLE, share=Share(depth=1000), backlog=1000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 from uuid import UUID
 
 import pytest
@@ -16,9 +16,11 @@ from services.queue.decide import (
     Fate,
     Finish,
     Forwards,
+    Head,
     Place,
     Reply,
     Requeue,
+    Waiting,
     Workspace,
     begin,
     busy_wait_s,
@@ -28,15 +30,20 @@ from services.queue.decide import (
     hear_beat,
     hear_forwards,
     keep,
+    leave,
+    paused,
     rank,
     spare,
     taken,
+    turn_s,
+    turns,
     why,
 )
-from shared.facts import ItemStatus
+from shared.facts import ItemStatus, Priority
 
 NOW = 1000.0
 PLACE = (1, 7)
+TASK = Priority.TASK
 OPEN = Workspace("w", url="http://a", waiting=5)
 
 
@@ -71,7 +78,7 @@ def test_an_item_ends(reply: Reply, before: dict[str, int], status: str, reason:
     [
         pytest.param("busy", {"attempts": 4}, 0, 0, True, id="429/503 with Retry-After: no attempt"),
         pytest.param("not_delivered", {"attempts": 4}, 0, 0, True, id="refused, DNS, timeout, TLS: no attempt"),
-        pytest.param("preempted", {"attempts": 4}, 0, 0, False, id="preempted: no attempt"),
+        pytest.param("preempted", {"attempts": 4}, 0, 0, True, id="preempted by nobody: as busy, no attempt"),
         pytest.param("written_back", {"attempts": 4}, 0, 0, False, id="our SIGTERM: neither is counted"),
         pytest.param("failed_attempt", {"attempts": 3}, 1, 0, False, id="failed attempt, the fourth"),
         pytest.param("unknown", {"deaths": 1, "attempts": 1}, 1, 1, False, id="bytes sent, then EOF: the second death"),
@@ -202,14 +209,14 @@ def test_a_beat_with_room_opens_a_workspace_that_was_busy() -> None:
 
 
 def test_a_session_ends_as_if_it_had_not_begun_when_it_met_a_busy_agent() -> None:
-    known = replace(beat(OPEN, rev=1, at=NOW - 1), floor=PLACE)
-    begun = begin(known, 1, PLACE)
+    known = replace(beat(OPEN, rev=1, at=NOW - 1), floors=(0, PLACE[1]))
+    begun = begin(known, [TASK], (0, PLACE[1]))
     back = end(begun, Ending.NEITHER, begun_at=NOW, now=NOW, back_at=PLACE)
     assert replace(back, rev=known.rev) == known
 
 
 def test_an_unknown_end_leaves_the_agent_busy_until_its_next_beat() -> None:
-    known = begin(beat(OPEN, rev=1, at=NOW - 1), 1, PLACE)
+    known = begin(beat(OPEN, rev=1, at=NOW - 1), [TASK], (0, PLACE[1]))
     lost = end(known, Ending.UNKNOWN, begun_at=NOW, now=NOW, back_at=PLACE)
     assert taken(lost, NOW) == 1
     assert taken(beat(lost, rev=2, at=NOW + 5), NOW + 5) == 0
@@ -229,7 +236,7 @@ def test_counters_follow_any_sequence(steps: list[tuple[str, int]]) -> None:
     for rev, (step, active) in enumerate(steps, start=1):
         now += 1
         if step == "begin":
-            workspace = begin(keep(workspace, PLACE), 1, PLACE)
+            workspace = begin(keep(workspace, PLACE, TASK), [TASK], (0, PLACE[1]))
             began.append(now)
         elif step == "beat":
             workspace = beat(workspace, rev=rev, active=active, at=now)
@@ -248,39 +255,160 @@ _PLACES = st.tuples(st.integers(0, 1), st.integers(0, 6))
 
 # Weighted: a floor rises only by claims that follow each other, and what goes back must have been claimed before.
 _STEPS = st.sampled_from(["keep", "keep", "later", "due", "claim", "claim", "claim", "back", "drop"])
+_OF_LANE = {0: Priority.CRITICAL, 1: TASK}
 
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(_STEPS, _PLACES), min_size=20, max_size=60))
-def test_nothing_that_waits_lies_below_the_floor(steps: list[tuple[str, Place]]) -> None:
+def test_nothing_that_waits_lies_below_the_floor_of_its_lane(steps: list[tuple[str, Place]]) -> None:
     """Whatever comes in late, goes back, waits by its own clock or ends: a claim that begins at the floor meets it."""
     workspace = replace(OPEN, waiting=0)
     due: list[Place] = []
     later: list[Place] = []
     out: list[Place] = []
     for step, place in steps:
-        line = sorted(due + later)
         if step in {"keep", "later"}:
-            workspace = keep(workspace, place)
+            workspace = keep(workspace, place, _OF_LANE[place[0]])
             (due if step == "keep" else later).append(place)
         elif step == "due":
             due, later = due + later, []
         elif step == "claim" and due:
-            seen = [each for each in line if each >= workspace.floor]
-            claimed = min(each for each in seen if each in due)
-            assert claimed == min(due), "the order of claims is that of places"
-            workspace = begin(workspace, 1, seen[0])
+            claimed, floors = min(due), list(workspace.floors)
+            seen = sorted(each for each in due + later if each[0] == claimed[0] and each[1] >= floors[claimed[0]])
+            assert claimed in seen
+            floors[claimed[0]] = seen[0][1]
+            workspace = begin(workspace, [_OF_LANE[claimed[0]]], (floors[0], floors[1]))
             due.remove(claimed)
             out.append(claimed)
         elif step == "back" and out:
             back = out.pop(0)
-            workspace = end(workspace, Ending.NEITHER, begun_at=NOW, now=NOW, back_at=back)
+            priority = _OF_LANE[back[0]]
+            workspace = end(workspace, Ending.NEITHER, begun_at=NOW, now=NOW, back_at=back, priority=priority)
             later.append(back)
-        elif step == "drop" and line:
-            (due if line[-1] in due else later).remove(line[-1])
-            workspace = replace(workspace, waiting=workspace.waiting - 1)
-        assert all(each >= workspace.floor for each in due + later)
+        elif step == "drop" and due + later:
+            gone = max(due + later)
+            (due if gone in due else later).remove(gone)
+            workspace = leave(workspace, _OF_LANE[gone[0]])
+        assert all(rank_ms >= workspace.floors[of] for of, rank_ms in due + later)
         assert workspace.waiting == len(due + later)
+        assert workspace.waiting_critical == sum(of == 0 for of, _ in due + later)
+
+
+# ── whose turn it is ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _heads(of: int, ages: str) -> list[Head]:
+    """`n` came just now, `o` is older than the limit."""
+    return [Head((of, n), of, NOW - (2000 if age == "o" else 1)) for n, age in enumerate(ages)]
+
+
+@pytest.mark.parametrize(
+    ("critical", "rest", "room", "served_critical", "expected"),
+    [
+        pytest.param("", "nn", 1, False, "r", id="no CRITICAL: the rest"),
+        pytest.param("nn", "", 2, True, "cc", id="only CRITICAL"),
+        pytest.param("nn", "nn", 3, True, "ccr", id="CRITICAL first, whoever went last"),
+        pytest.param("nn", "oo", 1, False, "c", id="one that starves lets CRITICAL begin"),
+        pytest.param("nn", "oo", 1, True, "r", id="and takes the turn after it"),
+        pytest.param("nnn", "ooo", 6, True, "rcrcrc", id="every second turn, within one claim too"),
+        pytest.param("nnn", "on", 4, True, "rccc", id="who has not waited too long waits on"),
+        pytest.param("n", "oo", 5, False, "crr", id="the room may be larger than the line"),
+    ],
+)
+def test_turns(critical: str, rest: str, room: int, served_critical: bool, expected: str) -> None:
+    chosen = turns(
+        _heads(0, critical), _heads(1, rest), room=room, served_critical=served_critical, now=NOW,
+        starvation_limit_s=1800,
+    )  # fmt: skip
+    assert "".join("cr"[head.lane] for head in chosen) == expected
+    for of in (0, 1):
+        places = [head.version for head in chosen if head.lane == of]
+        assert places == sorted(places), "each lane keeps its order"
+
+
+@pytest.mark.parametrize(("critical_waits", "closes"), [(True, False), (False, True)])
+def test_a_preempted_item_keeps_its_place_and_costs_no_attempt(critical_waits: bool, closes: bool) -> None:
+    """Where nobody pre-empted it, it is as busy: else it would be offered again at once, for ever."""
+    decided = fate(
+        "preempted", attempts=4, deaths=2, at_most_once=True, cancel_requested=False, critical_waits=critical_waits
+    )
+    assert decided == Requeue("preempted", Ending.ANSWERED, closes=closes)
+
+
+def test_a_pause_is_counted_from_its_first_word_to_the_last() -> None:
+    first, _ = paused(OPEN, NOW, is_paused=True)
+    again, _ = paused(first, NOW + 5, is_paused=True)
+    assert again.paused_at == NOW
+    assert paused(again, NOW + 9, is_paused=False) == (replace(again, paused=False, paused_at=None), NOW)
+    assert paused(OPEN, NOW, is_paused=False) == (OPEN, None)
+
+
+def test_a_turn_takes_the_median_of_the_last_twenty() -> None:
+    workspace = OPEN
+    for length in (100.0, *range(1, 21)):
+        workspace = end(replace(workspace, running=1), Ending.ANSWERED, begun_at=NOW - length, now=NOW)
+    assert len(workspace.turns_s) == 20
+    assert turn_s(workspace) == 11
+    assert turn_s(OPEN) is None
+
+
+# ── why ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+FULL = replace(OPEN, running=1, ceiling_s=1800)
+
+
+@pytest.mark.parametrize(
+    ("workspace", "item", "sentence", "reason"),
+    [
+        pytest.param(FULL, {}, "next in line: its agent is at 1/1", "at_capacity", id="next"),
+        pytest.param(FULL, {"position": 2}, "2nd in line: its agent is at 1/1", "at_capacity", id="2nd"),
+        pytest.param(FULL, {"position": 11}, "11th in line: its agent is at 1/1", "at_capacity", id="11th"),
+        pytest.param(
+            FULL,
+            {"position": 3, "session_began": NOW - 720, "priority": Priority.INFO, "rank_ms": int(NOW * 1000) + 80_000},
+            "3rd in line: its agent is at 1/1, its session runs for 12 m of 30 m; "
+            "in 80 s a newer TASK can no longer overtake it",
+            "at_capacity",
+            id="INFO behind a session",
+        ),
+        pytest.param(
+            replace(FULL, waiting_critical=2),
+            {"position": 4},
+            "4th in line: its agent is at 1/1; CRITICAL goes first (2 of it here)",
+            "at_capacity",
+            id="behind CRITICAL",
+        ),
+        pytest.param(OPEN, {}, "next in line: its agent is at 0/1", "in_line", id="it is about to go"),
+        pytest.param(
+            OPEN, {"not_before": NOW + 5, "attempts": 1},
+            "next in line: after a failed attempt it waits for another 5 s", "not_before", id="its own clock",
+        ),
+        pytest.param(
+            FULL, {"not_before": NOW + 5}, "next in line: it waits for another 5 s", "not_before",
+            id="its own clock, and its agent is full",
+        ),
+        pytest.param(
+            replace(OPEN, paused=True, paused_at=NOW - 12_000), {},
+            "next in line: the workspace has been paused for 3 h 20 m, and its clocks stand still", "paused",
+            id="paused",
+        ),
+        pytest.param(
+            replace(OPEN, not_before=NOW + 3), {},
+            "next in line: its agent said it is busy and is asked again in 3 s", "busy", id="busy",
+        ),
+        pytest.param(
+            replace(OPEN, url=None), {}, "next in line: its agent has not registered yet", "no_url", id="no agent"
+        ),
+        pytest.param(
+            replace(OPEN, removed=True), {}, "next in line: the workspace was removed", "removed", id="removed"
+        ),
+    ],
+)  # fmt: skip
+def test_why(workspace: Workspace, item: dict[str, Any], sentence: str, reason: str) -> None:
+    said, fields = why(workspace, Waiting(**{"position": 1, **item}), NOW)
+    assert said == sentence
+    assert fields["reason"] == reason
+    assert fields["ahead"] == item.get("position", 1) - 1
 
 
 # ── the rest ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -296,19 +424,11 @@ def test_busy_wait(streak: int, asked: float | None, jitter: float, expected: fl
 
 
 @pytest.mark.parametrize(
-    ("position", "sentence"),
-    [(1, "next in line: its agent is at 1/1"), (2, "2nd in line: its agent is at 1/1"),
-     (3, "3rd in line: its agent is at 1/1"), (11, "11th in line: its agent is at 1/1"),
-     (21, "21st in line: its agent is at 1/1")],
-)  # fmt: skip
-def test_why(position: int, sentence: str) -> None:
-    assert why(replace(OPEN, running=1), position, NOW) == sentence
-
-
-@pytest.mark.parametrize(
     ("read_ms", "kept_ms", "expected"),
     [(100_000, 100_001, 100_000), (90_001, 100_001, 90_001), (90_000, 100_001, 90_001), (1, 100_001, 90_001)],
 )
 def test_a_place_in_the_line_is_when_the_body_was_read_within_reason(read_ms: int, kept_ms: int, expected: int) -> None:
     """First in, first out, also for a forward that bounced; an old id that a caller brings back wins ten seconds."""
-    assert rank(UUID(int=read_ms << 80), UUID(int=kept_ms << 80)) == expected
+    ids = UUID(int=read_ms << 80), UUID(int=kept_ms << 80)
+    assert rank(*ids, TASK) == rank(*ids, Priority.CRITICAL) == expected
+    assert rank(*ids, Priority.INFO) == expected + 120_000

@@ -15,7 +15,7 @@ from services.proxy.api.answers import Kept
 from services.proxy.api.ending import Endings
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Caller, Identity
-from services.proxy.api.keeping import Keeper
+from services.proxy.api.keeping import KEY_CONFLICT, NOT_KEPT, Keeper
 from services.proxy.api.message import Message, Wish, now_utc, read_message
 from services.proxy.api.outgoing import Addresser
 from services.proxy.api.questions import Questions
@@ -54,6 +54,7 @@ Changed = Callable[[str], None]
 LOST = Refuse(
     503, "twin_lost", "The same message was under way and its answer got lost. Send it again.", retry_after_s=1
 )
+_NO_PLACE = (NOT_KEPT, KEY_CONFLICT)
 _COUNTED = {
     Outcome.BUSY: "busy",
     Outcome.NOT_DELIVERED: "not_delivered",
@@ -99,7 +100,7 @@ class A2A:
         standing, caller = await self._identity.tell(request)
         # Nobody unknown makes us ask Postgres.
         workspace = (await self._finding.find(workspace_id)) if caller else self._copies.registry.find(workspace_id)
-        head = self._situation.head(request, workspace, standing)
+        head = self._situation.head(request, workspace, standing, caller)
         refuse = admit(head)
         if refuse is not None or caller is None or workspace is None:
             return await refuse_call(request, refuse or LOST, "null")
@@ -127,14 +128,19 @@ class A2A:
             verdict = route(Arrival(head=head, fault=error.refuse))
             assert isinstance(verdict, Refuse), "a fault is refused"
             return await refuse_call(request, verdict, request_id)
-        verdict = route(self._situation.arrival(head, message, workspace))
+        arrival = self._situation.arrival(head, message, workspace)
+        verdict = route(arrival)
         if isinstance(verdict, Ask):
             known = await self._questions.knows(message)
             # Much may have happened meanwhile: it is looked at anew, and from here on nothing is awaited.
             arrival = self._situation.arrival(head, message, workspace)
-            verdict = route(replace(arrival, known=known or bool(arrival.known)))
+            arrival.known = known or bool(arrival.known)
+            verdict = route(arrival)
             assert not isinstance(verdict, Ask), "it is asked once"
+        counted = self._situation.count(message, arrival, verdict)
         word, landed = await self._follow(verdict, request, message, workspace)
+        if counted and (landed in _NO_PLACE or (isinstance(landed, Kept) and landed.is_known)):
+            self._situation.uncount(message)
         _log(message, verdict, landed, became=word, took_s=time.perf_counter() - started)
         return word
 

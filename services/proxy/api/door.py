@@ -18,6 +18,7 @@ from services.proxy.api.card import Cards
 from services.proxy.api.openapi import DOCS, OPENAPI
 from services.proxy.api.queue import Queue
 from services.proxy.api.registry import Registrar
+from services.proxy.api.verbs import Verbs
 from services.proxy.api.wire import Refused, Request, Response, problem, rpc_error
 from services.proxy.api.workspaces import Workspaces
 from services.proxy.decide import Refuse
@@ -50,6 +51,7 @@ class Api:
     registrar: Registrar
     workspaces: Workspaces
     queue: Queue
+    verbs: Verbs
     cards: Cards
 
     def table(self) -> Sequence[tuple[str, str, str, Route]]:
@@ -60,11 +62,18 @@ class Api:
             ("GET", f"/workspaces/{_ID}/.well-known/agent(-card)?\\.json", "card", self.cards.show),
             ("GET", f"/queue/{_ITEM}", "item", self.queue.show),
             ("GET", f"/queue/{_ITEM}/answer", "item", self.queue.answer),
-            ("DELETE", f"/queue/{_ITEM}", "cancel_item", self.queue.cancel),
+            ("DELETE", f"/queue/{_ITEM}", "cancel_item", self.verbs.cancel),
+            ("POST", f"/queue/{_ITEM}/retry", "retry_item", self.verbs.retry),
+            ("POST", f"/queue/{_ITEM}/promote", "promote_item", self.verbs.promote),
             ("GET", f"/workspaces/{_ID}/queue", "queue", self.queue.list),
+            ("POST", f"/workspaces/{_ID}/queue/cancel", "cancel_many", self.verbs.cancel_many),
+            ("GET", "/dead-letters", "dead_letters", self.verbs.dead_letters),
+            ("POST", "/dead-letters/(?P<letter>[^/]+)/replay", "replay", self.verbs.replay),
             ("GET", "/workspaces", "workspaces", self.workspaces.list),
             ("GET", f"/workspaces/{_ID}", "workspace", self.workspaces.show),
             ("PATCH", f"/workspaces/{_ID}", "patch", self.workspaces.patch),
+            ("POST", f"/workspaces/{_ID}/pause", "pause", self.workspaces.pause),
+            ("POST", f"/workspaces/{_ID}/resume", "resume", self.workspaces.resume),
             ("POST", f"/workspaces/{_ID}/remove", "remove", self.workspaces.remove),
             ("GET", "/openapi.json", "openapi", _openapi),
             ("GET", "/docs", "docs", _docs),

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from shared.facts import FLEET, WorkspaceId
+from shared.facts import FLEET, Priority, WorkspaceId
 
 _WEEK_S = 7 * 86_400
 
@@ -97,3 +97,20 @@ class Patch(BaseModel):
     desired: Literal["running", "stopped"] = "running"
     runtime: dict[str, str] = {}
     agent_authorization: str | None = Field(default=None, max_length=8192, pattern=r"^[\x20-\x7e]*$")
+
+
+class Note(BaseModel):
+    """Why somebody does it, for whoever reads the record. The body may be left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, strict=True)
+
+    note: str | None = Field(default=None, max_length=1000)
+
+
+class CancelMany(Note):
+    """POST /workspaces/{id}/queue/cancel: of what waits there, whatever matches all that is named."""
+
+    priority: Priority | None = None
+    caller: str | None = Field(default=None, min_length=1, max_length=1000)
+    older_than_s: float | None = Field(default=None, ge=0, le=10 * 366 * 86_400, allow_inf_nan=False)
+    count_only: bool = False

@@ -100,6 +100,7 @@ class Keeper:
             key_hash=message.key_hash,
             body_hash=message.body_hash,
             explicit_key=message.explicit_key,
+            id_is_new=not message.repeated,
             reason=reason.value,
             priority=message.priority,
             method=message.envelope.method,

@@ -102,6 +102,8 @@ def read_message(
     wishes = envelope.wishes
     priority = _priority(wishes.get("priority") or request.header(b"x-bide-priority"))
     wish, wait_s = _wish(request, envelope)
+    if wish is Wish.LIMITED and caller.caller_id == workspace_id:
+        wish = Wish.AT_ONCE  # it would wait for the end of the very turn that waits for it
     version = request.header(b"a2a-version") or ""
     return Message(
         workspace_id=workspace_id,

@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any
 
-from services.proxy.api.forms import Heartbeat, Patch, Register, UpdateCard
+from services.proxy.api.forms import CancelMany, Heartbeat, Note, Patch, Register, UpdateCard
 
 _REF = "#/components/schemas/{model}"
 
@@ -34,7 +34,8 @@ def _operation(
         operation["parameters"] = list(parameters)
     if body is not None:
         schema = {"$ref": f"#/components/schemas/{body}"}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        content = {"application/json": {"schema": schema}}
+        operation["requestBody"] = {"required": body != "Note", "content": content}
     return operation
 
 
@@ -82,7 +83,12 @@ _Q = "/queue/{queue_id}"
 _CARD = "The agent's card at our origin"
 _OK = {"200": "Done"}
 _CARD_OK = {**_OK, "304": "As you have it"}
+_CANCELED = {**_OK, "202": "Its agent has it, and is asked to end"}
+_AGAIN = {"201": "A new item", "200": "The one that it was sent again as before"}
 _READ = (401, 403, 404, 500, 503)
+_LISTED = (400, 401, 403, 500, 503)
+_ACTED = (*_WROTE, 404, 409)
+_PAUSED = (*_WROTE, 404, 410)
 
 _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("post", "/registry/register", _operation("Enrol an agent", ok=_OK, errors=(*_WROTE, 409, 410), body="Register")),
@@ -99,12 +105,31 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     ("get", f"{_W}/.well-known/agent.json", _operation(_CARD, ok=_CARD_OK, errors=(*_READ, 410), parameters=(_WS,))),
     ("get", _Q, _operation("A kept message", ok=_OK, errors=_READ, parameters=(_ITEM,))),
-    ("delete", _Q, _operation("Cancel a waiting message", ok=_OK, errors=(*_READ, 409), parameters=(_ITEM,))),
+    ("delete", _Q, _operation("Cancel a message", ok=_CANCELED, errors=_ACTED, body="Note", parameters=(_ITEM,))),
     ("get", f"{_Q}/answer", _operation("The agent's answer alone", ok=_OK, errors=(*_READ, 409), parameters=(_ITEM,))),
+    (
+        "post",
+        f"{_Q}/retry",
+        _operation("Send again what ended badly", ok=_AGAIN, errors=_ACTED, body="Note", parameters=(_ITEM,)),
+    ),
+    ("post", f"{_Q}/promote", _operation("Put it first", ok=_OK, errors=_ACTED, body="Note", parameters=(_ITEM,))),
+    (
+        "post",
+        f"{_W}/queue/cancel",
+        _operation("Cancel what matches", ok=_OK, errors=(*_WROTE, 404), body="CancelMany", parameters=(_WS,)),
+    ),
+    ("get", "/dead-letters", _operation("What was set aside", ok=_OK, errors=_LISTED, parameters=_PAGE)),
+    (
+        "post",
+        "/dead-letters/{letter}/replay",
+        _operation("Publish it again", ok=_OK, errors=_ACTED, body="Note", parameters=(_in_path("letter"),)),
+    ),
     ("get", f"{_W}/queue", _operation("Who waits", ok=_OK, errors=(*_READ, 400), parameters=(_WS, *_LINE, *_PAGE))),
-    ("get", "/workspaces", _operation("All workspaces", ok=_OK, errors=(400, 401, 403, 500, 503), parameters=_PAGE)),
+    ("get", "/workspaces", _operation("All workspaces", ok=_OK, errors=_LISTED, parameters=_PAGE)),
     ("get", _W, _operation("What is known of it now", ok=_OK, errors=(*_READ, 410), parameters=(_WS,))),
     ("patch", _W, _operation("Settings", ok=_OK, errors=(*_WROTE, 404, 410), body="Patch", parameters=(_WS,))),
+    ("post", f"{_W}/pause", _operation("Pause it", ok=_OK, errors=_PAUSED, body="Note", parameters=(_WS,))),
+    ("post", f"{_W}/resume", _operation("Let it go on", ok=_OK, errors=_PAUSED, body="Note", parameters=(_WS,))),
     ("post", f"{_W}/remove", _operation("Remove it for ever", ok=_OK, errors=(*_READ, 410), parameters=(_WS,))),
     (
         "post",
@@ -130,7 +155,7 @@ def _paths() -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     schemas: dict[str, Any] = {}
-    for model in (Register, Heartbeat, UpdateCard, Patch):
+    for model in (Register, Heartbeat, UpdateCard, Patch, Note, CancelMany):
         schema = model.model_json_schema(ref_template=_REF)
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 from uuid import UUID
 
 from uuid_utils.compat import uuid7
@@ -29,6 +29,23 @@ NOT_YET = Refuse(
     503, "not_yet_visible", "The id is new, and the queue has not read it yet. Ask again.", retry_after_s=1
 )
 NOBODYS = Refuse(404, "item_unknown", "There is no such task or message of yours. Check the id.", -32001, is_reply=True)
+
+
+Verb = Literal["item", "list", "cancel", "answer", "known", "retry", "promote", "cancel_many", "dead_letters", "replay"]
+
+
+class About(TypedDict, total=False):
+    """What a question is about; each field as QueueQuery has it."""
+
+    queue_id: UUID
+    key_hash: bytes | None
+    status: str | None
+    priority: Priority | None
+    cursor: str | None
+    limit: int
+    older_than_s: float | None
+    count_only: bool
+    dead_letter: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +70,7 @@ class Questions:
         self._reply_to = topology.route(QueryAnswered, "proxy").queue(settings.replica_id)
 
     async def ask(
-        self,
-        verb: Literal["item", "list", "cancel", "answer", "known"],
-        *,
-        caller_hash: bytes | None,
-        queue_id: UUID | None = None,
-        key_hash: bytes | None = None,
-        workspace_id: str = FLEET,
-        status: str | None = None,
-        priority: Priority | None = None,
-        cursor: str | None = None,
-        limit: int = 50,
+        self, verb: Verb, *, caller_hash: bytes | None, workspace_id: str = FLEET, **about: Unpack[About]
     ) -> Found | None:
         """What the queue says; None: it does not answer. `caller_hash` None sees everybody's."""
         timeout_s = self._settings.query_timeout_s
@@ -72,15 +79,10 @@ class Questions:
             rev=0,
             query_id=uuid7(),
             verb=verb,
-            queue_id=queue_id,
-            key_hash=key_hash,
             caller_hash=caller_hash,
-            status=status,
-            priority=priority,
-            cursor=cursor,
-            limit=limit,
             expires_at=datetime.now(UTC) + timedelta(seconds=timeout_s),
             reply_to=self._reply_to,
+            **about,
         )
         with self._copies.queries.asking(query.query_id) as answered:
             try:

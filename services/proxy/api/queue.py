@@ -1,4 +1,4 @@
-"""The kept messages of a caller: one of them, its answer, its cancel, and the line in which they wait."""
+"""The kept messages of a caller: one of them, its answer, and the line in which they wait. `verbs` changes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from uuid import UUID
 
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Identity, digest
-from services.proxy.api.questions import AWAY, NOBODYS, NOT_YET, Found, Questions, scope
+from services.proxy.api.questions import AWAY, NOBODYS, Found, Questions, scope
 from services.proxy.api.wire import Refused, Request, Response, own_id
 from services.proxy.decide import Refuse
 from shared.facts import ItemStatus, Priority
@@ -25,27 +25,15 @@ class Queue:
     async def show(self, request: Request, queue_id: str) -> Response:
         """State, attempts, timings and answer of one message."""
         caller = await self._identity.require(request)
-        return _passed(await self._questions.item(_id(queue_id), caller))
+        return passed(await self._questions.item(item_id(queue_id), caller))
 
     async def answer(self, request: Request, queue_id: str) -> Response:
         """The agent's answer alone, byte for byte: what `answer_url` names where it is large."""
         caller = await self._identity.require(request)
-        found = await self._questions.answer(_id(queue_id), caller)
+        found = await self._questions.answer(item_id(queue_id), caller)
         if isinstance(found, Refuse):
             raise Refused(found)
         return Response(200, found)
-
-    async def cancel(self, request: Request, queue_id: str) -> Response:
-        """Take a waiting message out of the line (200); one that its agent has is asked to end (202)."""
-        caller = await self._identity.require(request)
-        wanted = _id(queue_id)
-        promised = self._questions.promised(wanted, caller) is not None
-        found = await self._questions.ask("cancel", queue_id=wanted, caller_hash=scope(caller))
-        if found is None:
-            raise Refused(AWAY)
-        if found.status == 404:  # noqa: PLR2004
-            raise Refused(NOT_YET if promised else await self._questions.why_not(wanted, caller))
-        return _passed(found)
 
     async def list(self, request: Request, workspace_id: str) -> Response:
         """A workspace's messages in the order of their delivery: one's own, an operator's everybody's."""
@@ -63,12 +51,12 @@ class Queue:
             status=_one_of(query.get("status"), [status.value for status in ItemStatus], "status"),
             priority=_priority(query.get("priority")),
             cursor=query.get("cursor"),
-            limit=_limit(query.get("limit")),
+            limit=page_limit(query.get("limit")),
         )
-        return _passed(found if found is not None else AWAY)
+        return passed(found if found is not None else AWAY)
 
 
-def _passed(found: Found | Refuse) -> Response:
+def passed(found: Found | Refuse) -> Response:
     if isinstance(found, Refuse):
         raise Refused(found)
     if found.status < 400:  # noqa: PLR2004
@@ -77,7 +65,7 @@ def _passed(found: Found | Refuse) -> Response:
     raise Refused(Refuse(found.status, str(said.get("code", "refused")), str(said.get("detail", "The queue refused."))))
 
 
-def _id(said: str) -> UUID:
+def item_id(said: str) -> UUID:
     found = own_id(said)
     if found is None:
         raise Refused(NOBODYS)
@@ -95,7 +83,7 @@ def _one_of(said: str | None, words: list[str], name: str) -> str | None:
     return said
 
 
-def _limit(said: str | None) -> int:
+def page_limit(said: str | None) -> int:
     if said is None:
         return 50
     if not said.isdigit() or not 1 <= int(said[:9]) <= PAGE_MAX:

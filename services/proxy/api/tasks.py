@@ -99,7 +99,8 @@ class Tasks:
         if said.get("workspace_id") != workspace.workspace_id:
             return NOBODYS
         if envelope.verb is Verb.CANCEL:
-            canceled = await self._cancel(queue_id, caller)
+            # The first one's item, where this turned out to be a repeat.
+            canceled = await self._cancel(own_id(said.get("queue_id")) or queue_id, caller)
             if isinstance(canceled, Refuse):
                 return canceled
             said = canceled

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from services.proxy.api.finding import Finding, presence
-from services.proxy.api.forms import Patch
+from services.proxy.api.forms import Note, Patch
 from services.proxy.api.identity import Caller, Identity, display
 from services.proxy.api.wire import Refused, Request, Response, answer, validated
 from services.proxy.copies import Copies
+from services.proxy.copies.backlogs import View
+from services.proxy.copies.keeps import Keep
 from services.proxy.decide import Head, Refuse, Workspace, admit
 from services.proxy.settings import Settings
 from services.proxy.store import Audit, Store
+from shared.facts import Priority
 from shared.telemetry import log
 
 PAGE_MAX = 500
@@ -70,19 +74,41 @@ class Workspaces:
         """Change what is named; the answer is the workspace as it is now."""
         caller = await self._identity.require(request)
         await self._owned(caller, workspace_id)
-        body = await request.body(self._settings.body_bytes_max, self._settings.body_read_s)
-        patch = validated(Patch, body)
+        patch = validated(Patch, await self._body(request))
         named = patch.model_fields_set
         if named & _OPERATORS and not caller.is_operator:
             sentence = f"Only an operator may set {', '.join(sorted(named & _OPERATORS))}."
             raise Refused(Refuse(403, "operator_only", sentence))
         changes = _changes(patch)
-        workspace = await self._store.patch(workspace_id, changes, Audit(caller.caller_id, "patch", _shown(changes)))
+        return await self._write(workspace_id, changes, Audit(caller.caller_id, "patch", _shown(changes)))
+
+    async def pause(self, request: Request, workspace_id: str) -> Response:
+        """Let what comes wait. Said again without a note, the note of the first time stays."""
+        caller = await self._identity.require(request)
+        workspace = await self._owned(caller, workspace_id)
+        note = noted(await self._body(request))
+        named = {"pause_note": note} if note is not None or not workspace.paused else {}
+        audit = Audit(caller.caller_id, "pause", {"note": note})
+        return await self._write(workspace_id, {"paused": True, **named}, audit)
+
+    async def resume(self, request: Request, workspace_id: str) -> Response:
+        caller = await self._identity.require(request)
+        await self._owned(caller, workspace_id)
+        audit = Audit(caller.caller_id, "resume", {"note": noted(await self._body(request))})
+        return await self._write(workspace_id, {"paused": False, "pause_note": None}, audit)
+
+    async def _body(self, request: Request) -> bytes:
+        return await request.body(self._settings.body_bytes_max, self._settings.body_read_s)
+
+    async def _write(self, workspace_id: str, changes: Mapping[str, Any], audit: Audit) -> Response:
+        """Write what changes, tell everybody, and answer with the workspace as it is now."""
+        workspace = await self._store.patch(workspace_id, changes, audit)
         if workspace is None:
             raise Refused(_gone(self._copies.registry.find(workspace_id)))
         self._copies.registry.put(workspace)
         self._told()
-        log.info("workspace_changed", workspace_id=workspace_id, changed=sorted(named), rev=workspace.rev)
+        names = sorted({*changes, *changes.get("settings", {})} - {"settings"})
+        log.info("workspace_changed", workspace_id=workspace_id, changed=names, rev=workspace.rev)
         return answer(200, self._show(workspace))
 
     async def remove(self, request: Request, workspace_id: str) -> Response:
@@ -113,7 +139,6 @@ class Workspaces:
         in_use = use.in_use(now)
         in_use_max = use.max_concurrent or workspace.max_concurrent
         status, reason = self._status(workspace, in_use >= in_use_max, now)
-        pending = self._copies.keeps.pending(workspace.workspace_id)
         return {
             "workspace_id": workspace.workspace_id,
             "status": status,
@@ -136,7 +161,7 @@ class Workspaces:
                 for each in view.running
             ]
             + [{"session_id": each, "kind": "live_forward"} for each in use.own],
-            "queue": {"depth": view.waiting + pending},
+            "queue": _line(view, self._copies.keeps.promises(workspace.workspace_id), now),
         }
 
     def _status(self, workspace: Workspace, is_full: bool, now: float) -> tuple[str, str]:
@@ -155,6 +180,18 @@ class Workspaces:
         return ("busy", "everything it can do at once is in use") if is_full else ("online", "it can take a message")
 
 
+def _line(view: View, promises: Collection[Keep], now: float) -> dict[str, Any]:
+    """What waits, as the queue last said, and what this replica has promised since."""
+    promised = Counter(keep.priority for keep in promises)
+    since = [keep.promised_at for keep in promises] + ([view.oldest_at] if view.oldest_at is not None else [])
+    return {
+        "depth": view.waiting + len(promises),
+        "by_priority": {each.value: view.by_priority.get(each, 0) + promised[each] for each in Priority},
+        "oldest_age_s": round(max(0.0, now - min(since)), 3) if since else None,
+        "turn_s": view.turn_s,
+    }
+
+
 def _limit(said: str | None) -> int:
     if said is None:
         return 100
@@ -167,6 +204,12 @@ def _gone(workspace: Workspace | None) -> Refuse:
     refuse = admit(Head(presence=presence(workspace)))
     assert refuse is not None, "neither is let in"
     return refuse
+
+
+def noted(body: bytes) -> str | None:
+    """Why somebody does it: the note of a body that may also be left out."""
+    note = validated(Note, body).note if body.strip() else None
+    return display(note) if note else None
 
 
 def _changes(patch: Patch) -> dict[str, Any]:

@@ -6,11 +6,11 @@ and nothing running. The age counts from when it was true (`occurred_at`), not f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from uuid import UUID
 
-from shared.facts import Backlog, BacklogSnapshot, Running, WorkspaceBacklog
+from shared.facts import Backlog, BacklogSnapshot, Priority, Running, WorkspaceBacklog
 
 GAP_S = 10.0
 """Snapshots come every 5 s: after so long without one the queue service, or the broker, was away."""
@@ -29,6 +29,9 @@ class View:
     gate_generation: int = 0
     not_before: float | None = None
     running: tuple[Running, ...] = ()
+    by_priority: Mapping[Priority, int] = field(default_factory=dict)
+    oldest_at: float | None = None
+    turn_s: float | None = None
 
 
 NOTHING = View()
@@ -82,7 +85,7 @@ class Backlogs:
         for name, view in self._views.items():
             if name not in named and view.at < at and _says_something(view):
                 # Its rev stays, so that a late change from before the snapshot is still old.
-                self._views[name] = View(rev=view.rev, at=at)
+                self._views[name] = View(rev=view.rev, at=at, turn_s=view.turn_s)
                 changed.append(name)
         if self.snapshot_at is not None and at - self.snapshot_at > GAP_S:
             self.unbroken_since = at
@@ -103,6 +106,9 @@ class Backlogs:
             gate_generation=said.gate_generation,
             not_before=said.not_before.timestamp() if said.not_before else None,
             running=tuple(said.running),
+            by_priority=said.waiting_by_priority,
+            oldest_at=said.oldest_at.timestamp() if said.oldest_at else None,
+            turn_s=said.turn_s,
         )
         return True
 

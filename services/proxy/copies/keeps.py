@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -100,6 +100,10 @@ class Keeps:
 
     def pending(self, workspace_id: str) -> int:
         return len(self._pending.get(workspace_id, ()))
+
+    def promises(self, workspace_id: str) -> Collection[Keep]:
+        """What `pending` counts."""
+        return self._pending.get(workspace_id, {}).values()
 
     def share(self, workspace_id: str, caller_hash: bytes) -> tuple[int, int]:
         """How many of this replica's keeps wait in the workspace: of this caller, of others."""

@@ -1,4 +1,4 @@
-"""What the queue must do, said again in plain Python: items, places, attempts, capacity. It calls nothing of the queue.
+"""What the queue must do, said again in plain Python: items, places, turns, attempts. It calls nothing of the queue.
 
 Times are seconds since 1970 as the caller counts them. What the queue draws by lot (how long it waits) is observed and
 held against its bounds; everything else is predicted.
@@ -6,29 +6,33 @@ held against its bounds; everything else is predicted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from uuid import UUID
 
-FRESH_S = 15.0
-EARLIER_S = 2.0
+from tests.chaos.kit.model_seat import Delivery, Seat
+
 WAIT_MIN_S, WAIT_MAX_S = 0.05, 60.0
 ATTEMPTS_MAX, DEATHS_MAX = 5, 3
 SLACK_MS = 10_000
+INFO_PATIENCE_MS = 120_000
+STARVES_S = 20.0
 Place = tuple[int, int, UUID]
 Key = tuple[str, str, str]
 
 
 @dataclass(slots=True)
 class Item:
-    """One message that was accepted. `status` is the row's; once it has ended, everything is final."""
+    """One message that was accepted. `status` is the row's; once it has ended, everything is final but `retried_by`."""
 
     queue_id: UUID
     workspace: str
     caller: str
     key: str
     body: str
-    lane: int = 1
+    priority: str = "TASK"
     rank_ms: int = 0
     status: str = "queued"
     reason: str | None = None
@@ -41,8 +45,15 @@ class Item:
     not_before: float | None = None
     waits: tuple[float, float] | None = None
     """How long it has just been told to wait, at least and at most; until that was observed."""
+    enqueued_at: float = 0.0
     expires_at: float | None = None
-    give_up_at: float | None = None
+    give_up_at: float = 0.0
+    retry_of: UUID | None = None
+    retried_by: UUID | None = None
+
+    @property
+    def lane(self) -> int:
+        return 0 if self.priority == "CRITICAL" else 1
 
     @property
     def place(self) -> Place:
@@ -56,102 +67,9 @@ class Item:
         self.status, self.reason, self.owner = status, reason, None
 
 
-@dataclass(slots=True)
-class Delivery:
-    """One of our deliveries, as the agent's capacity sees it. `how`: answered, neither, unknown; None while it runs."""
-
-    begun: float
-    how: str | None = None
-    ended: float = 0.0
-
-
-@dataclass(slots=True)
-class Beat:
-    incarnation: int
-    rev: int
-    at: float
-    active: int
-    cadence_s: float
-    heard_at: float
-
-
-@dataclass(slots=True)
-class Proxy:
-    """The newest beat of one proxy: `running` are starts, `ended` are (start, end, outcome)."""
-
-    rev: int
-    at: float
-    running: Sequence[float]
-    ended: Sequence[tuple[float, float, str]]
-
-
-@dataclass(slots=True)
-class Seat:
-    """A workspace."""
-
-    name: str
-    registry_rev: int = 0
-    reachable: bool = False
-    maximum: int = 1
-    least_maximum: int = 10_000
-    give_up_after_s: float = 86_400.0
-    at_most_once: bool = False
-    paused: bool = False
-    removed: bool = False
-    incarnation: int = 0
-    beat: Beat | None = None
-    heard: tuple[int, int] = (0, 0)
-    """The newest beat's (incarnation, rev), also when its word is void."""
-    deliveries: dict[tuple[UUID, int], Delivery] = field(default_factory=dict)
-    proxies: dict[str, Proxy] = field(default_factory=dict)
-    shut_until: float | None = None
-    shuts: bool = False
-    """It has just been shut for a time that is not observed yet."""
-
-    def hear(self, beat: Beat, maximum: int | None = None) -> None:
-        if beat.incarnation < self.incarnation or (beat.incarnation, beat.rev) <= self.heard:
-            return
-        self.incarnation, self.beat, self.heard = beat.incarnation, beat, (beat.incarnation, beat.rev)
-        self.maximum = maximum or self.maximum
-        if beat.active < self.maximum:
-            self.shut_until = None
-
-    def hear_proxy(self, name: str, proxy: Proxy) -> None:
-        known = self.proxies.get(name)
-        if known is None or proxy.rev > known.rev:
-            self.proxies[name] = proxy
-
-    def in_use(self, now: float) -> int:
-        """1-overview, `in_use`: the larger of what is ours, and what the agent said plus begun minus answered."""
-        fresh = [proxy for proxy in self.proxies.values() if now - proxy.at < FRESH_S]
-        ours = [each for each in self.deliveries.values() if each.how is None]
-        running = len(ours) + sum(len(proxy.running) for proxy in fresh)
-        beat = self.beat
-        if beat is None or now - beat.at > 2 * beat.cadence_s + 5:
-            return running
-        begun = [each.begun for each in self.deliveries.values() if each.how != "neither"]
-        ended = [each.ended for each in self.deliveries.values() if each.how == "answered"]
-        for proxy in fresh:
-            begun += proxy.running
-            begun += [start for start, _, outcome in proxy.ended if outcome not in {"busy", "not_delivered"}]
-            ended += [end for _, end, outcome in proxy.ended if outcome == "answered"]
-        started = sum(moment > beat.at for moment in begun)
-        return max(running, beat.active + started - sum(moment >= beat.at - EARLIER_S for moment in ended))
-
-    def is_blurred(self) -> bool:
-        """More ended around the beat than the agent can have had in its count: how many of them, is not prescribed."""
-        if self.beat is None:
-            return False
-        since, until = self.beat.at - EARLIER_S, self.beat.heard_at
-        over = [each for each in self.deliveries.values() if each.how is not None and since <= each.ended <= until]
-        return len(over) > self.least_maximum
-
-    def is_open(self, now: float) -> bool:
-        shut = self.shut_until is not None and self.shut_until > now
-        return self.reachable and not (self.removed or self.paused or shut)
-
-    def capacity(self, now: float) -> int:
-        return max(0, self.maximum - self.in_use(now)) if self.is_open(now) else 0
+def rank_ms(queue_id: UUID, fact_id: UUID, priority: str) -> int:
+    came_ms = max(queue_id.int >> 80, (fact_id.int >> 80) - SLACK_MS)
+    return came_ms + INFO_PATIENCE_MS if priority == "INFO" else came_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +90,13 @@ FATES = {
     "refused": Fate("answered", ("failed", "refused")),
     "busy": Fate("neither", shuts=True),
     "not_delivered": Fate("neither", shuts=True),
-    "preempted": Fate("answered", waits=True),
+    "preempted": Fate("answered"),
     "failed_attempt": Fate("answered", attempt=True, waits=True),
     "unknown": Fate("unknown", attempt=True, death=True, waits=True),
     "owner_died": Fate("unknown", attempt=True),
     "written_back": Fate("unknown"),
 }
+PREEMPTED_FOR_NOBODY = Fate("answered", shuts=True)
 
 
 def ends_as(fate: Fate, reply: str, item: Item, *, at_most_once: bool) -> tuple[str, str | None] | None:
@@ -212,6 +131,7 @@ class Model:
     seats: dict[str, Seat] = field(default_factory=dict)
     active: dict[Key, UUID] = field(default_factory=dict)
     explicit: dict[Key, UUID] = field(default_factory=dict)
+    seen: Counter[str] = field(default_factory=Counter)
 
     def seat(self, name: str) -> Seat:
         return self.seats.setdefault(name, Seat(name))
@@ -219,6 +139,8 @@ class Model:
     def of(self, name: str, status: str) -> list[Item]:
         found = [item for item in self.items.values() if item.workspace == name and item.status == status]
         return sorted(found, key=lambda item: item.place)
+
+    # ── what comes in ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def keep(self, item: Item, *, explicit: bool) -> tuple[UUID | None, bool]:
         """Accept a message: (the id it is known under already, whether it is refused as another body)."""
@@ -229,15 +151,26 @@ class Model:
             return (same.queue_id, False) if matches else (None, True)
         first = self.explicit.get(key) if explicit else self.active.get(key)
         if first is None:
-            self.active[key] = item.queue_id
             if explicit:
                 self.explicit[key] = item.queue_id
-            self.items[item.queue_id] = item
+            self._add(item)
             return None, False
         refused = self.items[first].body != item.body
         item.end(*(("failed", "key_conflict") if refused else ("superseded", "duplicate")))
         self.items[item.queue_id] = item
         return (None, True) if refused else (first, False)
+
+    def _add(self, item: Item) -> None:
+        item.give_up_at = item.enqueued_at + self.seat(item.workspace).give_up_after_s
+        self.items[item.queue_id] = item
+        self.active[item.workspace, item.caller, item.key] = item.queue_id
+
+    def retry(self, ended: Item, again: Item) -> None:
+        """The same message as a new item: with no key of its caller's, and with all its time."""
+        ended.retried_by, again.retry_of = again.queue_id, ended.queue_id
+        self._add(again)
+
+    # ── what goes out ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def end(self, item: Item, status: str, reason: str | None) -> None:
         item.end(status, reason)
@@ -245,52 +178,59 @@ class Model:
 
     def settle(self, replies: Sequence[Reply], now: float) -> None:
         """Write what came back. What ends, ends before anything goes back to its place."""
-        due = [(reply, FATES[reply.word], self.items[reply.queue_id]) for reply in replies]
+        hurried = {name for name in self.seats if any(item.lane == 0 for item in self.of(name, "queued"))}
+        due = [(reply, self._fate(reply, hurried), self.items[reply.queue_id]) for reply in replies]
         verdicts = [ends_as(fate, each.word, item, at_most_once=each.at_most_once) for each, fate, item in due]
         held = [item.status == "dispatched" and item.delivery_no == each.number for each, _, item in due]
+        streaks = {name: seat.streak for name, seat in self.seats.items()}
         for (_, fate, item), ends, holds in zip(due, verdicts, held, strict=True):
             late = item.status == "queued" and ends is not None and ends[0] == "completed"
             if ends is not None and (holds or late):
                 item.attempts += fate.attempt
                 self.end(item, *ends)
         for (reply, fate, item), ends, holds in zip(due, verdicts, held, strict=True):
-            if ends is None and holds:
-                self._return(reply, fate, item)
-        for (reply, fate, item), ends, holds in zip(due, verdicts, held, strict=True):
             if holds:
-                self._account(reply, fate, item, now, back=ends is None)
+                shut_s = _drawn(reply, streaks[item.workspace])
+                self._account(reply, fate, item, now, shut_s if ends is None else None)
+            if holds and ends is None:
+                if fate.waits:
+                    item.waits = _drawn(reply, item.attempts)
+                item.status, item.owner = "queued", None
+                item.attempts += fate.attempt
+                item.deaths += fate.death
 
-    def _return(self, reply: Reply, fate: Fate, item: Item) -> None:
-        longest = min(WAIT_MAX_S, float(2 ** min(item.attempts, 20)))
-        if fate.waits:
-            named = reply.retry_after_s
-            wait = min(max(WAIT_MIN_S, named), WAIT_MAX_S) if named is not None else None
-            item.waits = (wait, wait) if wait is not None else (WAIT_MIN_S, max(WAIT_MIN_S, longest))
-        item.status, item.owner = "queued", None
-        item.attempts += fate.attempt
-        item.deaths += fate.death
+    def _fate(self, reply: Reply, hurried: set[str]) -> Fate:
+        if reply.word != "preempted":
+            return FATES[reply.word]
+        was_asked = self.items[reply.queue_id].workspace in hurried
+        self.seen["preempted for CRITICAL" if was_asked else "preempted for nobody"] += 1
+        return FATES["preempted"] if was_asked else PREEMPTED_FOR_NOBODY
 
-    def _account(self, reply: Reply, fate: Fate, item: Item, now: float, *, back: bool) -> None:
+    def _account(self, reply: Reply, fate: Fate, item: Item, now: float, shut_s: tuple[float, float] | None) -> None:
+        """`shut_s`: how long the workspace is shut if this shuts it; None: its item has ended."""
         seat = self.seat(item.workspace)
         delivery = seat.deliveries[reply.queue_id, reply.number]
         delivery.how, delivery.ended = fate.slot, now
-        if fate.shuts and back:
-            seat.shuts = True
+        if fate.shuts and shut_s is not None:
+            seat.shuts = shut_s
+            seat.streak += 1
         elif fate.slot == "answered":
-            seat.shuts, seat.shut_until = False, None
+            seat.open()
 
     def claim(self, names: Iterable[str], now: float, owner: str, claimed: set[UUID]) -> None:
-        """Hold what was claimed in these workspaces against what there was room for: so many, and the first in line."""
+        """Hold what was claimed in these workspaces against what there was room for: so many, and whose turn it was."""
         left = set(claimed)
         for name in sorted(set(names)):
             seat = self.seat(name)
             ready = [each for each in self.of(name, "queued") if each.not_before is None or each.not_before <= now]
+            # What is past its time is nobody's any more, also before the sweep has said so.
+            ready = [each for each in ready if min(each.expires_at or each.give_up_at, each.give_up_at) > now]
             found = sum(item.queue_id in claimed for item in ready)
             room = min(len(ready), seat.capacity(now))
             if seat.is_blurred():
                 room = min(found, max(0, seat.maximum - len(self.of(name, "dispatched"))))
             assert found == room, f"I4: {found} claimed in {name}, where {room} could be"
-            for item in ready[:room]:
+            for item in islice(self._in_turn(seat, ready, now), room):
                 assert item.queue_id in claimed, f"I3: {item.queue_id} was overtaken"
                 left.remove(item.queue_id)
                 item.status, item.owner = "dispatched", owner
@@ -298,8 +238,61 @@ class Model:
                 seat.deliveries[item.queue_id, item.delivery_no] = Delivery(now)
         assert not left, f"nobody looked at {left}"
 
+    def _in_turn(self, seat: Seat, ready: Sequence[Item], now: float) -> Iterator[Item]:
+        """CRITICAL first; but every second turn is for the first of the others, if it has waited too long."""
+        urgent = deque(item for item in ready if item.lane == 0)
+        others = deque(item for item in ready if item.lane == 1)
+        while urgent or others:
+            may_pass = bool(others) and seat.served_critical and now - others[0].enqueued_at > STARVES_S
+            self.seen["second turn"] += bool(urgent) and may_pass
+            seat.served_critical = bool(urgent) and not may_pass
+            yield (urgent if seat.served_critical else others).popleft()
+
+    # ── clocks and commands ──────────────────────────────────────────────────────────────────────────────────────────
+
     def expire(self, now: float) -> None:
         for item in [item for item in self.items.values() if item.status == "queued"]:
             ends = [moment for moment in (item.expires_at, item.give_up_at) if moment is not None]
-            if ends and min(ends) <= now and not self.seat(item.workspace).paused:
+            if min(ends) <= now and self.seat(item.workspace).paused_at is None:
                 self.end(item, "expired", "expired")
+                self.seen["expired"] += 1
+
+    def pause(self, seat: Seat, now: float) -> None:
+        seat.paused_at = now if seat.paused_at is None else seat.paused_at
+
+    def go_on(self, seat: Seat, now: float) -> None:
+        """What was there through the pause, or through its end only, gets that time back."""
+        since, seat.paused_at = seat.paused_at, None
+        for item in self.items.values():
+            if since is not None and item.workspace == seat.name and item.is_active:
+                self.seen["clocks shifted, came later" if item.enqueued_at > since else "clocks shifted"] += 1
+                lost_s = now - max(since, item.enqueued_at)
+                item.give_up_at += lost_s
+                item.expires_at = item.expires_at + lost_s if item.expires_at is not None else None
+
+    def _first(self, item: Item) -> Item:
+        """Who stands first in its lane."""
+        return next(each for each in self.of(item.workspace, "queued") if each.lane == item.lane)
+
+    def is_behind(self, item: Item) -> bool:
+        return self._first(item) is not item
+
+    def promote(self, item: Item) -> None:
+        if self.is_behind(item):
+            item.rank_ms = self._first(item).rank_ms - 1
+            self.seen["promoted"] += 1
+
+    def matching(self, name: str, priority: str | None, caller: str | None, before: float | None) -> list[Item]:
+        """What waits there, has this priority and this caller, and came before this moment."""
+        found = self.of(name, "queued")
+        found = [item for item in found if priority is None or item.priority == priority]
+        found = [item for item in found if caller is None or item.caller == caller]
+        return [item for item in found if before is None or item.enqueued_at < before]
+
+
+def _drawn(reply: Reply, times: int) -> tuple[float, float]:
+    """The bounds of a wait: what the agent named, or by lot up to a second that doubles with every time before."""
+    if reply.retry_after_s is not None:
+        named = min(max(WAIT_MIN_S, reply.retry_after_s), WAIT_MAX_S)
+        return named, named
+    return WAIT_MIN_S, max(WAIT_MIN_S, min(WAIT_MAX_S, float(2 ** min(times, 20))))

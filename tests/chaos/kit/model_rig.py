@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 from unittest import mock
@@ -35,26 +33,12 @@ from shared.facts import Fact, FactT, ItemKept, QueryAnswered
 from shared.inbox import Inbox
 from shared.intake import Batch, Store
 from shared.outcomes import Answer, Fault
+from tests.chaos.kit.model import STARVES_S
+from tests.chaos.kit.model_clock import IN_TEST_TIME, Clock, moment, standing_clock
 from tests.conftest import Stack
 from tests.integration.queue_kit import queue_settings
 
 Held = tuple[str, int]
-
-
-def moment(at: float) -> datetime:
-    return datetime.fromtimestamp(at, UTC)
-
-
-class Clock:
-    """The time that the test says it is: the real one, and what it let pass. Every reading is later than the last."""
-
-    def __init__(self) -> None:
-        self.ahead_s = 0.0
-        self._last_us = 0
-
-    def now(self) -> float:
-        self._last_us = max(self._last_us + 10, int((time.time() + self.ahead_s) * 1e6))
-        return self._last_us / 1e6
 
 
 class Broker:
@@ -186,9 +170,16 @@ class Rig:
     def __init__(self, settings: Settings, pool: Pool) -> None:
         self.settings, self.pool = settings, pool
         self.inbox = Inbox(pool, keep_s=3600)
-        self.broker, self.agents = Broker(), AgentsEdge()
+        self.broker, self.agents, self.clock = Broker(), AgentsEdge(), Clock()
+
+    async def tick(self) -> float:
+        """It is later than it ever was: for Postgres too, until the next tick."""
+        now = self.clock.said = self.clock.now()
+        await self.pool.execute("UPDATE model_time.clock SET now = $1", moment(now))
+        return now
 
     async def empty(self) -> None:
+        self.clock = Clock()
         await self.pool.execute(
             "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, "
             "replicas, outbox, dead_letters"
@@ -211,19 +202,22 @@ class Rig:
         await asyncio.gather(*tasks, return_exceptions=True)
         replica.drain._endings.clear()
 
-    async def read(self, kind: type[FactT], handle: Store[FactT], facts: Sequence[FactT]) -> None:
-        """Facts come in as one batch of the bus."""
+    async def read(self, kind: type[FactT], handle: Store[FactT], facts: Sequence[FactT]) -> float:
+        """Facts come in as one batch of the bus; say when."""
+        now = await self.tick()
         route = topology.route(kind, "queue")
         await Batch(
             self.pool, asyncio.Semaphore(), self.inbox, route, handle, [encode_batch(map(encode, facts))], aside=None
         ).write()
+        return now
 
-    async def turn(self, replica: Replica, now: float, *, confirmed: bool = True) -> None:
-        """One turn; if it is not confirmed, it has committed and the replica does not know."""
+    async def turn(self, replica: Replica, *, confirmed: bool = True) -> float:
+        """One turn, and when it was; if it is not confirmed, it has committed and the replica does not know."""
+        now = await self.tick()
         if confirmed:
             await replica.drain.run_once(moment(now))
             await self.started(replica)
-            return
+            return now
 
         async def cut(pool: Pool, work: Callable[[Connection], Any]) -> None:
             await transact(pool, work)
@@ -231,6 +225,7 @@ class Rig:
 
         with mock.patch.object(drain_module, "transact", cut), suppress(asyncpg.ConnectionDoesNotExistError):
             await replica.drain.run_once(moment(now))
+        return now
 
     async def started(self, replica: Replica) -> None:
         """Come back when each of its deliveries has reached its agent."""
@@ -262,16 +257,31 @@ class Rig:
         yield
         await self.pool.executemany(update, [tuple(row) for row in rows])
 
+    async def alive(self, names: Collection[str]) -> None:
+        """They have beaten until now, however much time has been let pass."""
+        await self.pool.execute("UPDATE replicas SET beat_at = now() WHERE replica_id = ANY($1::text[])", list(names))
+
     async def ripen(self, name: str) -> None:
         """It has beaten without a break for long enough to judge."""
         await self.pool.execute(
-            "UPDATE replicas SET beat_at = now(), unbroken_since = now() - interval '1 hour' WHERE replica_id = $1",
+            "INSERT INTO replicas VALUES ($1, now(), now() - interval '1 hour') ON CONFLICT (replica_id) "
+            "DO UPDATE SET beat_at = excluded.beat_at, unbroken_since = excluded.unbroken_since",
             name,
         )
 
 
 @asynccontextmanager
 async def open_rig(stack: Stack) -> AsyncIterator[Rig]:
-    settings = queue_settings(stack, follow_min_s=0.001, follow_max_s=0.001)
-    async with asyncpg.create_pool(settings.database_url.get_secret_value(), min_size=1, max_size=4) as pool:
+    settings = queue_settings(stack, follow_min_s=0.001, follow_max_s=0.001, starvation_limit_s=STARVES_S)
+    async with (
+        standing_clock(stack),
+        asyncpg.create_pool(
+            settings.database_url.get_secret_value(), min_size=1, max_size=4, server_settings=IN_TEST_TIME,
+            reset=_nothing_to_reset,
+        ) as pool,
+    ):  # fmt: skip
         yield Rig(settings, pool)
+
+
+async def _nothing_to_reset(_: object) -> None:
+    """As the services have it."""

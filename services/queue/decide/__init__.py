@@ -1,0 +1,46 @@
+"""The policies of the queue: the order in a line, what may be delivered, what becomes of an item, and why it waits.
+
+Values in, values out: no clock, no I/O. Times are seconds since 1970. The tables: tests/unit/test_queue_decide.py.
+"""
+
+from services.queue.decide.fates import Fate, Finish, Item, Reply, Requeue, busy_wait_s, fate, may_go_back
+from services.queue.decide.line import (
+    CRITICAL_LANE,
+    INFO_PATIENCE_MS,
+    REST_LANE,
+    Floors,
+    Head,
+    Place,
+    lane,
+    rank,
+    turns,
+)
+from services.queue.decide.why import Waiting, why
+from services.queue.decide.workspace import (
+    Closed,
+    Ending,
+    Forwards,
+    Workspace,
+    begin,
+    by_priority,
+    closed,
+    end,
+    hear_beat,
+    hear_forwards,
+    keep,
+    leave,
+    lowered,
+    paused,
+    place_told,
+    spare,
+    taken,
+    turn_s,
+)
+
+__all__ = [
+    "CRITICAL_LANE", "INFO_PATIENCE_MS", "REST_LANE",
+    "Closed", "Ending", "Fate", "Finish", "Floors", "Forwards", "Head", "Item", "Place", "Reply", "Requeue", "Waiting",
+    "Workspace", "begin", "busy_wait_s", "by_priority", "closed", "end", "fate", "hear_beat", "hear_forwards", "keep",
+    "lane", "leave", "lowered", "may_go_back", "paused", "place_told", "rank", "spare", "taken", "turn_s", "turns",
+    "why",
+]  # fmt: skip

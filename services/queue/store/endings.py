@@ -1,0 +1,98 @@
+"""Deliveries that have ended: their items end, or go back to their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from services.queue.decide import Finish, Item, Place, Requeue
+from services.queue.store.statements import PRIORITY_OF, SQL, columns
+from shared.database import Connection
+from shared.facts import Priority
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A row that finished or went back: what the counters must know. `was` is its status before."""
+
+    queue_id: UUID
+    workspace_id: str
+    was: str
+    rev: int
+    dispatched_at: float
+    priority: Priority
+    place: Place | None = None
+    """Where it waits again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A delivery that has ended, and its fate."""
+
+    item: Item
+    fate: Finish | Requeue
+    answer: bytes | None = None
+    error: str | None = None
+    wait_s: float = 0.0
+
+
+async def canceled(connection: Connection, queue_ids: Sequence[UUID]) -> set[UUID]:
+    """Those that somebody wants canceled."""
+    rows = await connection.fetch(SQL["canceled_items"], queue_ids) if queue_ids else []
+    return {row["queue_id"] for row in rows}
+
+
+async def finish(connection: Connection, settled: Sequence[Settled]) -> dict[UUID, Ended]:
+    """End items, fenced; return those that really ended."""
+    rows = [
+        (
+            each.item.queue_id, each.item.delivery_no, each.fate.status.value, each.fate.reason, each.fate.attempts,
+            each.answer, each.error,
+        )
+        for each in settled
+        if isinstance(each.fate, Finish)
+    ]  # fmt: skip
+    if not rows:
+        return {}
+    found = await connection.fetch(SQL["finish_items"], *columns(rows))
+    return {
+        row["queue_id"]: Ended(
+            row["queue_id"],
+            row["workspace_id"],
+            row["status"],
+            row["rev"],
+            row["dispatched_epoch"] or 0.0,
+            PRIORITY_OF[row["priority"]],
+        )
+        for row in found
+    }
+
+
+async def requeue(connection: Connection, settled: Sequence[Settled]) -> dict[UUID, Ended]:
+    """Send items back to their place, fenced; return those that went."""
+    rows = [
+        (
+            each.item.queue_id, each.item.delivery_no, each.fate.attempts, each.fate.deaths,
+            # Where the workspace waits its row does not: a beat that opens it must find the same one first.
+            each.wait_s if each.fate.row_wait else 0.0,
+            each.fate.reason, each.error,
+        )
+        for each in settled
+        if isinstance(each.fate, Requeue)
+    ]  # fmt: skip
+    if not rows:
+        return {}
+    found = await connection.fetch(SQL["requeue_items"], *columns(rows))
+    return {
+        row["queue_id"]: Ended(
+            row["queue_id"],
+            row["workspace_id"],
+            "dispatched",
+            0,
+            row["dispatched_epoch"],
+            PRIORITY_OF[row["priority"]],
+            place=(row["lane"], row["rank_ms"]),
+        )
+        for row in found
+    }
