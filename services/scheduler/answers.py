@@ -89,7 +89,7 @@ async def _list(connection: Connection, fact: ScheduleQuery) -> Answer:
         page.append(row)
     more = len(rows) > len(page)
     return 200, {
-        "schedules": [shown(row) for row in page],
+        "items": [shown(row) for row in page],
         "next_cursor": page[-1]["name"] if more else None,
     }
 
@@ -113,7 +113,7 @@ async def _fires(connection: Connection, fact: ScheduleQuery) -> Answer:
     page = rows[: fact.limit]
     more = len(rows) > len(page)
     return 200, {
-        "fires": [shown_fire(row) for row in page],
+        "items": [shown_fire(row) for row in page],
         "next_cursor": iso(page[-1]["fire_at"]) if more else None,
     }
 

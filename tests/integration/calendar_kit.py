@@ -16,11 +16,9 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from bide_agent.agent import Agent
-from shared import outbox, topology
 from shared.broker import Publisher
 from shared.database import Connection, Pool
 from shared.facts import ScheduleApplied, ScheduleChanged, ScheduleTick, TickSettled, WorkspaceRemoved
-from shared.topology import Kind, Route
 from tests.conftest import Stack, until
 from tests.integration.conftest import replica
 from tests.integration.queue_kit import Door, door, queue_service
@@ -133,11 +131,8 @@ def free(worker: Agent) -> None:
 
 
 @asynccontextmanager
-async def calendar(stack: Stack, patch: pytest.MonkeyPatch) -> AsyncIterator[Calendar]:
+async def calendar(stack: Stack) -> AsyncIterator[Calendar]:
     """Of an empty queue, whose service the test starts."""
-    if not any(each.fact is TickSettled for each in topology.ROUTES):  # nobody reads it yet
-        patch.setattr(topology, "ROUTES", (*topology.ROUTES, Route(TickSettled, "scheduler", Kind.QUORUM)))
-        patch.setitem(outbox._KINDS, "TickSettled", TickSettled)
     async with replica(stack, "scheduler") as side, door(stack) as front:
         await front.side.pool.execute(f"TRUNCATE {TABLES}")
         await _purge(stack)
@@ -152,9 +147,9 @@ async def calendar(stack: Stack, patch: pytest.MonkeyPatch) -> AsyncIterator[Cal
 
 
 @pytest.fixture
-async def days(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Calendar]:
+async def days(stack: Stack) -> AsyncIterator[Calendar]:
     """A calendar, and the queue service."""
-    async with calendar(stack, monkeypatch) as opened, queue_service(stack, **TIMING):
+    async with calendar(stack) as opened, queue_service(stack, **TIMING):
         yield opened
         counters = "SELECT workspace_id, waiting, running FROM workspaces WHERE waiting < 0 OR running < 0"
         assert not await opened.rows.fetch(counters)

@@ -1,4 +1,4 @@
-"""Schedules over HTTP, on the real scheduler and the real queue: who may, what is answered, and when it is in effect."""
+"""Schedules over HTTP, on the real scheduler and the real queue: who may, what is answered, when it counts."""
 
 from __future__ import annotations
 

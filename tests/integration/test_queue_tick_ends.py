@@ -140,12 +140,10 @@ async def test_a_tick_that_is_given_up_on_has_failed_and_one_for_a_removed_works
     assert [days.told(schedule, minute).began_at for minute in (0, 1)] == [None, None]
 
 
-async def test_a_replica_that_stops_leaves_its_tick_to_go_on_alone(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_replica_that_stops_leaves_its_tick_to_go_on_alone(stack: Stack) -> None:
     """C-B4: written back while its agent works; what fired since is a turn of its own."""
     name, schedule = fresh()
-    async with calendar(stack, monkeypatch) as days, agent(name, work_s=LONG) as worker:
+    async with calendar(stack) as days, agent(name, work_s=LONG) as worker:
         async with queue_service(stack, **{**TIMING, "drain_s": 0.0}):
             await days.front.register(name, worker.url)
             await days.say(name, schedule, 1, "p")
@@ -167,13 +165,11 @@ async def test_a_replica_that_stops_leaves_its_tick_to_go_on_alone(
             assert await counted(days, name) == (0, 0)
 
 
-async def test_a_tick_whose_task_its_agent_accepted_is_followed_through_a_restart_and_a_pause(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_tick_whose_task_its_agent_accepted_is_followed_through_a_restart_and_a_pause(stack: Stack) -> None:
     """C-B4, C-E4: it runs already, whatever its schedule says since; it is neither sent again nor withdrawn."""
     name, schedule = fresh()
     behaviour = {"asynchronous": True, "work_s": LONG}
-    async with calendar(stack, monkeypatch) as days, agent(name, behaviour=behaviour) as worker:
+    async with calendar(stack) as days, agent(name, behaviour=behaviour) as worker:
         async with queue_service(stack, **{**TIMING, "drain_s": 0.0}):
             await days.front.register(name, worker.url)
             await days.say(name, schedule, 1, "p")

@@ -97,7 +97,7 @@ async def test_another_workspaces_schedule_is_not_told_from_none(calendar: Calen
     for verb in ("show", "fires", "preview", "patch", "delete", "run", "pause", "resume"):
         assert (await calendar.do(verb, schedule_id, workspace_id="other"))[0] == 404, verb
         assert (await calendar.do(verb, uuid7()))[0] == 404, verb
-    assert (await calendar.do("list", None, workspace_id="other"))[1]["schedules"] == []
+    assert (await calendar.do("list", None, workspace_id="other"))[1]["items"] == []
     assert (await calendar.do("create", schedule_id, body=whole(), workspace_id="other"))[1]["code"] == "id_taken"
 
 
@@ -175,8 +175,8 @@ async def test_a_deleted_schedule_never_fires_again_and_its_history_stays(calend
     await calendar.fire()
     assert len(await calendar.ticks()) == 1
     _, fires = await calendar.do("fires", schedule_id)
-    assert [each["outcome"] for each in fires["fires"]] == ["canceled", None]
-    assert fires["fires"][0]["reason"] == "deleted"
+    assert [each["outcome"] for each in fires["items"]] == ["canceled", None]
+    assert fires["items"][0]["reason"] == "deleted"
     assert (await calendar.do("show", schedule_id))[0] == 404
     assert (await calendar.changes())[-1].deleted
 
@@ -216,7 +216,7 @@ async def test_listings_come_in_pages(calendar: Calendar) -> None:
     found, cursor = [], None
     while True:
         _, page = await calendar.do("list", None, limit=2, cursor=cursor)
-        found += [UUID(each["schedule_id"]) for each in page["schedules"]]
+        found += [UUID(each["schedule_id"]) for each in page["items"]]
         cursor = page["next_cursor"]
         if cursor is None:
             break
@@ -226,7 +226,7 @@ async def test_listings_come_in_pages(calendar: Calendar) -> None:
         await calendar.do("run", ids[0])
     _, newest = await calendar.do("fires", ids[0], limit=2)
     _, rest = await calendar.do("fires", ids[0], limit=2, cursor=newest["next_cursor"])
-    moments = [each["fire_at"] for each in newest["fires"] + rest["fires"]]
+    moments = [each["fire_at"] for each in newest["items"] + rest["items"]]
     assert moments == sorted(moments, reverse=True)
     assert (len(moments), rest["next_cursor"]) == (3, None)
 

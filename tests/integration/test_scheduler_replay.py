@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from uuid import uuid4
 
-import pytest
-
-from shared.facts import ScheduleTick
 from tests.conftest import Stack, until
 from tests.integration.calendar_kit import free, said
 from tests.integration.queue_kit import agent, door, queue_service
