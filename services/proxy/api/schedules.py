@@ -6,7 +6,6 @@ that waits already too. Where the queue does not say so in time, the change stan
 
 from __future__ import annotations
 
-import asyncio
 import json
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -16,14 +15,14 @@ from uuid_utils.compat import uuid7
 
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Caller, Identity
-from services.proxy.api.questions import Found
+from services.proxy.api.questions import Found, answered
 from services.proxy.api.queue import page_limit, passed
 from services.proxy.api.wire import Refused, Request, Response, own_id
 from services.proxy.copies import Copies
 from services.proxy.decide import Refuse
 from services.proxy.settings import Settings
 from shared import topology
-from shared.broker import NotPublished, Publisher, PublishUnknown
+from shared.broker import Publisher
 from shared.facts import QueryAnswered, ScheduleQuery
 
 Verb = Literal["list", "show", "fires", "preview", "create", "patch", "delete", "run", "pause", "resume"]
@@ -133,14 +132,7 @@ class Schedules:
             reply_to=self._reply_to,
             **about,
         )
-        with self._copies.queries.asking(query.query_id) as answered:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._publisher.publish(query)
-                    said = await answered
-            except (TimeoutError, NotPublished, PublishUnknown):
-                return None
-        return Found(said.status, said.body) if said.status != 408 else None  # noqa: PLR2004 - it came too late
+        return await answered(self._copies, self._publisher, query, timeout_s)
 
     async def _object(self, request: Request, *, may_be_empty: bool = False) -> bytes:
         """The body, if it is a JSON object in UTF-8; what stands in it is the scheduler's to judge."""
