@@ -329,15 +329,41 @@ class WorkspaceStatus(Fact):
 # ── scheduler ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class ScheduleQuery(Fact):
+    """A question or a command about schedules; answered with QueryAnswered to `reply_to`.
+
+    A command (`create`, `patch`, `delete`, `run`, `pause`, `resume`) answers after its commit, may be sent again, and
+    is refused after `expires_at`.
+    """
+
+    query_id: UUID
+    verb: Literal["list", "show", "fires", "preview", "create", "patch", "delete", "run", "pause", "resume"]
+    schedule_id: UUID | None = None
+    """With `create` the id that the new one gets: said twice, it is one."""
+    body: bytes = b"{}"
+    """The JSON object that the caller sent."""
+    if_match: Count | None = None
+    """Only if the schedule still has this rev."""
+    by: str
+    """Who says it, as it is shown."""
+    cursor: str | None = None
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
+    expires_at: AwareDatetime
+    reply_to: str
+
+
 class ScheduleChanged(Fact):
+    """What a schedule says now. `rev` is the schedule's."""
+
     schedule_id: UUID
     prompt: str
+    name: str = ""
     paused: bool = False
     deleted: bool = False
 
 
 class ScheduleApplied(Fact):
-    """The queue holds this rev of the schedule."""
+    """The queue holds this rev of the schedule: whatever is dispatched from now on has its prompt."""
 
     schedule_id: UUID
     withdrawn: Count = 0
@@ -348,6 +374,11 @@ class ScheduleTick(Fact):
 
     schedule_id: UUID
     fire_at: AwareDatetime
+    queue_id: UUID
+    """The item that it becomes, if it becomes one."""
+    merged_count: Annotated[int, Field(ge=1)] = 1
+    """Fires that it stands for: more than one after an outage."""
+    first_missed_at: AwareDatetime | None = None
     priority: Priority = Priority.TASK
     overlap: Literal["queue_one", "queue_all", "skip"] = "queue_one"
     context: Literal["fresh", "same"] = "fresh"
@@ -355,12 +386,17 @@ class ScheduleTick(Fact):
 
 
 class TickSettled(Fact):
+    """What became of a fire, said once; of one that was merged into another, when it was."""
+
     schedule_id: UUID
     fire_at: AwareDatetime
     outcome: Literal["delivered", "coalesced", "skipped", "missed", "failed", "ceiling", "canceled"]
     reason: str | None = None
     queue_id: UUID | None = None
-    merged_into: UUID | None = None
+    merged_into: AwareDatetime | None = None
+    """The fire whose item stands for it."""
+    began_at: AwareDatetime | None = None
+    """When its delivery began, if it did."""
 
 
 class SessionChanged(Fact):

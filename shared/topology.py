@@ -29,6 +29,7 @@ from shared.facts import (
     QueueQuery,
     ScheduleApplied,
     ScheduleChanged,
+    ScheduleQuery,
     ScheduleTick,
     SessionChanged,
     SessionDirective,
@@ -145,7 +146,8 @@ def _routes() -> Iterator[Route]:
     yield Route(WorkspaceStatus, "proxy", replica)
     for reader in ("queue", "scheduler"):
         yield Route(WorkspaceStatus, reader, quorum)
-    yield Route(ScheduleApplied, "scheduler", replica)
+    yield Route(ScheduleQuery, "scheduler", perishable)
+    yield Route(ScheduleApplied, "proxy", replica)
     yield Route(ScheduleTick, "queue", quorum)
     yield Route(ScheduleChanged, "queue", quorum)
     yield Route(TickSettled, "scheduler", quorum)
@@ -162,12 +164,24 @@ def _routes() -> Iterator[Route]:
     yield Route(KillDone, "proxy", replica)
 
 
-_TO_COME = {"scheduler", "liveness", "proxy.session.control"}
+_TO_COME = {"liveness", "proxy.session.control"}
 """Readers that do not read yet: a durable queue that nobody reads would fill the disk."""
+_SCHEDULER_TO_COME = {
+    ItemChanged, WorkspaceHeartbeat, ProxyBeat, BacklogSnapshot, WorkspaceBacklog, WorkspaceStatus, SessionChanged,
+    GateClosed, KillDone,
+}  # fmt: skip
+"""What scheduler will read of sessions, and does not yet."""
 
-ROUTES: tuple[Route, ...] = tuple(candidate for candidate in _routes() if candidate.reader not in _TO_COME)
 
-REPLIES: frozenset[type[Fact]] = frozenset({ItemKept, QueryAnswered, ScheduleApplied})
+def _is_read(candidate: Route) -> bool:
+    if candidate.reader == "scheduler":
+        return candidate.fact not in _SCHEDULER_TO_COME
+    return candidate.reader not in _TO_COME
+
+
+ROUTES: tuple[Route, ...] = tuple(candidate for candidate in _routes() if _is_read(candidate))
+
+REPLIES: frozenset[type[Fact]] = frozenset({ItemKept, QueryAnswered})
 """Sent to the asker's own queue (`reply_to`), not to the exchange; it may be gone, so they are never mandatory."""
 
 

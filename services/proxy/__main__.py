@@ -17,6 +17,7 @@ from services.proxy.api.owning import Owning
 from services.proxy.api.questions import Questions
 from services.proxy.api.queue import Queue
 from services.proxy.api.registry import Registrar
+from services.proxy.api.schedules import Schedules
 from services.proxy.api.tasks import Tasks
 from services.proxy.api.verbs import Verbs
 from services.proxy.api.workspaces import Workspaces
@@ -66,6 +67,9 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
         workspaces=Workspaces(settings, copies, identity=identity, finding=finding, store=store, told=told),
         queue=Queue(finding, identity, questions),
         verbs=Verbs(settings, finding=finding, identity=identity, questions=questions, store=store),
+        schedules=Schedules(
+            settings, copies, finding=finding, identity=identity, publisher=service.publisher,
+        ),
         cards=Cards(settings, finding, identity),
     )  # fmt: skip
     stack.push_async_callback(writing.close)

@@ -14,6 +14,7 @@ from shared.facts import (
     ItemKept,
     ProxyBeat,
     QueryAnswered,
+    ScheduleApplied,
     WorkspaceBacklog,
     WorkspaceChanged,
     WorkspaceHeartbeat,
@@ -42,6 +43,7 @@ class Handlers:
         reader.hear(ItemKept, self.kept)
         reader.hear(ItemChanged, self.changed)
         reader.hear(QueryAnswered, self.answered)
+        reader.hear(ScheduleApplied, self.applied)
 
     async def workspaces(self, facts: Sequence[WorkspaceRegistered]) -> None:
         for fact in facts:
@@ -91,6 +93,10 @@ class Handlers:
     async def answered(self, facts: Sequence[QueryAnswered]) -> None:
         for fact in facts:
             self.copies.queries.hear(fact)
+
+    async def applied(self, facts: Sequence[ScheduleApplied]) -> None:
+        for fact in facts:
+            self.copies.applied.hear(fact)
 
     def _use(self, workspace_id: str) -> Use:
         return self.copies.uses.of(workspace_id)

@@ -10,7 +10,7 @@ from shared.replies import Outcome
 ROUTES = (
     "a2a", "heartbeat", "register", "update_card", "card", "item", "cancel_item", "queue", "workspaces", "workspace",
     "patch", "pause", "resume", "remove", "retry_item", "promote_item", "cancel_many", "dead_letters", "replay",
-    "openapi", "docs", "none",
+    "schedules", "schedule", "openapi", "docs", "none",
 )  # fmt: skip
 OUTCOMES = ("answered", "kept", "refused", "failed")
 REFUSALS = (

@@ -36,6 +36,8 @@ class Settings(SharedSettings):
     """The longest `Prefer: wait=N`; a longer one is cut to it."""
     query_timeout_s: float = Field(default=2.0, gt=0)
     """How long a question to the queue service may take before the caller is told to come again."""
+    applied_wait_s: float = Field(default=1.0, ge=0)
+    """How long the answer to a changed schedule waits for the queue's word that it holds the change."""
     not_yet_visible_s: float = Field(default=60.0, ge=0)
     """An unknown id that is younger may have been promised by another replica a moment ago: 503 instead of 404."""
     beat_s: float = Field(default=5.0, gt=0)

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from services.queue.answers import Answers
-from services.queue.aside import end_unreadable
+from services.queue.aside import end_unreadable, settle_unreadable
 from services.queue.drain import Drain
 from services.queue.handlers import Handlers
 from services.queue.history import History
 from services.queue.loops import Loops
 from services.queue.settings import Settings
+from services.queue.ticks import Ticks
 from shared.addresses import AddressRules
 from shared.agents import Agents
 from shared.database import open_pool
@@ -19,6 +20,8 @@ from shared.facts import (
     MessageBusy,
     ProxyBeat,
     QueueQuery,
+    ScheduleChanged,
+    ScheduleTick,
     WorkspaceChanged,
     WorkspaceHeartbeat,
     WorkspaceRegistered,
@@ -36,6 +39,7 @@ async def main(settings: Settings) -> None:
         agents = Agents(AddressRules(allow_loopback=settings.allow_loopback))
         drain = Drain(settings, service.pool, service.publisher, agents, told=service.relay.wake)
         handlers = Handlers(settings, service.publisher, drain)
+        ticks = Ticks(service.publisher, drain)
         loops = Loops(settings, service.pool, own, service.publisher, drain)
         answers = Answers(service.publisher, drain, loops.snapshots.wake)
         service.reader.store(MessageBusy, handlers.message_busy, aside=end_unreadable)
@@ -45,6 +49,8 @@ async def main(settings: Settings) -> None:
         service.reader.store(WorkspaceChanged, handlers.registered)
         service.reader.store(WorkspaceRemoved, handlers.removed)
         service.reader.store(QueueQuery, answers.query)
+        service.reader.store(ScheduleChanged, ticks.changed)
+        service.reader.store(ScheduleTick, ticks.fired, aside=settle_unreadable)
         service.reader.store_undeliverable()
         await loops.beat()  # a delivery of ours must never stand without an owner that beats
         try:

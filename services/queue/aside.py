@@ -1,7 +1,8 @@
-"""What is owed for a message that could not be kept: a 202 was promised for it, so its end must be seen (I1).
+"""What is owed for what could not be kept: a 202 was promised for a message, an outcome to a fire (I1, C-V1).
 
-The dead letter holds its bytes. Here its queue_id becomes a finished item, `failed (unreadable)`, and everybody is
-told. Whatever else the fact says may be what is wrong with it: only what is plainly there is taken over.
+The dead letter holds its bytes. Here a message's queue_id becomes a finished item, `failed (unreadable)`, and everybody
+is told; a fire has failed so. Whatever else the fact says may be what is wrong with it: only what is plainly there is
+taken over.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
 from services.queue import store
-from services.queue.metrics import ENDED, ENQUEUED
+from services.queue.metrics import ENDED, ENQUEUED, TICKS
 from services.queue.store import SQL
 from shared import outbox
 from shared.database import Connection
-from shared.facts import ItemChanged, ItemStatus
+from shared.facts import ItemChanged, ItemStatus, TickSettled
 
 REASON = "unreadable"
 _CALLER_LENGTH_MAX = 256
+_UUID = rb"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+_NAME = rb"[A-Za-z0-9._-]{1,128}"
+_MOMENT = rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?(?:Z|[+-]\d\d:\d\d)"
+_OF_A_TICK = {"workspace_id": _NAME, "queue_id": _UUID, "schedule_id": _UUID, "fire_at": _MOMENT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,30 @@ async def end_unreadable(connection: Connection, raw: bytes, why: str) -> None:
     ENDED.labels(ItemStatus.FAILED.value).inc()
 
 
+async def settle_unreadable(connection: Connection, raw: bytes, _why: str) -> None:
+    """Say that the fire of a ScheduleTick that was set aside has failed; nothing is owed for one that became an item.
+
+    Should an operator publish it again, it runs, and its end is told as well.
+    """
+    found = {name: _member(raw, form, name) for name, form in _OF_A_TICK.items()}
+    known = {name: value.decode() for name, value in found.items() if value is not None}
+    if known.keys() != found.keys():
+        return
+    await store.lock(connection, [known["workspace_id"]])
+    if await store.find_ids(connection, [UUID(known["queue_id"])]):
+        return
+    settled = TickSettled(
+        workspace_id=known["workspace_id"],
+        rev=0,
+        schedule_id=UUID(known["schedule_id"]),
+        fire_at=datetime.fromisoformat(known["fire_at"]),
+        outcome="failed",
+        reason=REASON,
+    )
+    await outbox.add(connection, [settled])
+    TICKS.labels(settled.outcome).inc()
+
+
 def read_remains(raw: bytes) -> Remains | None:
     """Look for the members by their form: a parser would stop at whatever made the fact unreadable.
 
@@ -67,8 +97,8 @@ def read_remains(raw: bytes) -> Remains | None:
     """
     if not raw.lstrip().startswith(b"{"):
         return None
-    queue_id = _member(raw, rb"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", "queue_id")
-    workspace_id = _member(raw, rb"[A-Za-z0-9._-]{1,128}", "workspace_id")
+    queue_id = _member(raw, _UUID, "queue_id")
+    workspace_id = _member(raw, _NAME, "workspace_id")
     if queue_id is None or workspace_id is None:
         return None
     caller_id = _text(_member(raw, rb'(?:[^"\\]|\\.)*', "caller_id") or b"")

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
 from uuid import UUID
 
-from services.queue import decide, store
+from services.queue import decide, fires, store
 from services.queue.backlogs import read_backlogs
 from services.queue.decide import Finish, Item, Requeue, Workspace
 from services.queue.deliver import Delivery, Ending
@@ -184,6 +184,8 @@ class Drain:
             if row is not None:  # else it was taken from us: whoever has it settles it
                 name = each.item.workspace_id
                 after[name] = account(after[name], each, row, moment)
+        absorbed = await fires.absorb(connection, returned.values(), after)
+        after = absorbed.workspaces
         spare: dict[str, int] = {}
         for name in sorted(after):
             free = min(room, decide.spare(after[name], moment))
@@ -195,13 +197,13 @@ class Drain:
         claimed = await store.claim(
             connection, spare, after, self._settings.replica_id, now, starvation_limit_s=limit_s
         )
-        items = [item for mine in claimed.values() for item in mine.items]
+        items = await fires.with_prompts(connection, [item for mine in claimed.values() for item in mine.items])
         for name, mine in claimed.items():
             after[name] = begin(after[name], mine)
         await store.save_counters(connection, before, after)
-        changed = [change(each, ended[each.item.queue_id]) for each in settled if each.item.queue_id in ended]
-        if changed:
-            await outbox.add(connection, changed)
+        told = [*_ends(settled, ended), *absorbed.facts]
+        if told:
+            await outbox.add(connection, told)
         moved = {name: workspace for name, workspace in after.items() if workspace != before[name]}
         backlogs = await read_backlogs(connection, moved, moment)
         begun = [
@@ -221,22 +223,23 @@ class Drain:
     async def _settle(
         self, connection: Connection, endings: Sequence[Ending], workspaces: Mapping[str, Workspace]
     ) -> list[Settled]:
-        """Give each ending its fate; whether somebody wants an item canceled counts only where it would go back."""
+        """Give each ending its fate; whether an item is to end counts only where it would go back."""
         back = [ending.item.queue_id for ending in endings if decide.may_go_back(ending.reply)]
-        canceled = await store.canceled(connection, back)
+        canceled = await fires.instead(connection, back)
         return [
-            self._settled(each, workspaces[each.item.workspace_id], canceled=each.item.queue_id in canceled)
+            self._settled(each, workspaces[each.item.workspace_id], canceled.get(each.item.queue_id))
             for each in endings
         ]
 
-    def _settled(self, ending: Ending, workspace: Workspace, *, canceled: bool) -> Settled:
+    def _settled(self, ending: Ending, workspace: Workspace, canceled: str | None) -> Settled:
         item = ending.item
         fate = decide.fate(
             ending.reply,
             attempts=item.attempts,
             deaths=item.deaths,
             at_most_once=item.at_most_once,
-            cancel_requested=canceled or item.cancel_requested,
+            cancel_requested=canceled is not None or item.cancel_requested,
+            canceled_as=canceled or "canceled",
             critical_waits=workspace.waiting_critical > 0,
             attempts_max=self._settings.attempts_max,
             deaths_max=self._settings.deaths_max,
@@ -347,6 +350,21 @@ def account(workspace: Workspace, settled: Settled, row: store.Ended, now: float
     if fate.ending is decide.Ending.ANSWERED:
         return replace(ended, not_before=None, busy_streak=0)
     return ended
+
+
+def _ends(settled: Iterable[Settled], ended: Mapping[UUID, store.Ended]) -> Iterator[Fact]:
+    """What is told of those that have ended, and of the fires that they were."""
+    for each in settled:
+        row = ended.get(each.item.queue_id)
+        if row is None:
+            continue
+        yield change(each, row)
+        if row.fire is not None:
+            assert isinstance(each.fate, Finish)
+            began_at = row.dispatched_at if each.fate.ending is not decide.Ending.NEITHER else None
+            yield fires.settled(
+                row.workspace_id, row.queue_id, row.fire, each.fate.status, each.fate.reason, began_at=began_at
+            )
 
 
 def change(settled: Settled, row: store.Ended) -> ItemChanged:

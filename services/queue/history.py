@@ -1,4 +1,4 @@
-"""How long queue keeps what is over: items that ended, explicit keys, letters that were set aside.
+"""How long queue keeps what is over: items that ended, deleted schedules, explicit keys, letters that were set aside.
 
 What has ended is kept by the UTC day of its ending. Days are made ahead, and forgetting one is DROP TABLE; an ending
 whose day has no partition goes to the default one, where it is found like any other, and moves when its day is made.
@@ -65,6 +65,7 @@ class History:
             await self._undisturbed("dropped", day, self._drop(day))
         full = [
             await self._batch("forget_finished", _midnight(self._oldest(today)), _BATCH),
+            await self._batch("forget_schedules", _midnight(self._oldest(today)), _BATCH),
             await self._batch("forget_keys", now, _BATCH),
             await self._batch("forget_letters", now, self._settings.dead_letters_days, _BATCH),
             await self._blank(today),

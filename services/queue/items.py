@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import MAXYEAR, UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -91,7 +92,8 @@ def shape(
     if position is not None:
         waiting = decide.Waiting(
             position=position, priority=PRIORITY_OF[row["priority"]], rank_ms=row["rank_ms"], attempts=row["attempts"],
-            not_before=row["not_before"].timestamp() if row["not_before"] else None, session_began=session_began,
+            not_before=_seconds(row["not_before"]), session_began=session_began,
+            awaits_prompt=row["schedule_id"] is not None and _seconds(row["not_before"]) == math.inf,
         )  # fmt: skip
         why, waits = decide.why(workspace, waiting, now)
     answer = row["answer"]
@@ -119,9 +121,20 @@ def shape(
         "context_id": row["context_id"],
         "method": row["method"],
         "agent_task_id": row["agent_task_id"],
+        "kind": "message" if row["schedule_id"] is None else "tick",
+        "schedule_id": str(row["schedule_id"]) if row["schedule_id"] else None,
+        "fire_at": _iso(row["fire_at"]),
+        "merged_count": row["merged_count"],
+        "first_missed_at": _iso(row["first_missed_at"]),
         "answer": _json(answer) if inline else None,
         "answer_url": f"/queue/{row['queue_id']}/answer" if answer is not None and not inline else None,
     }
+
+
+def _seconds(moment: datetime | None) -> float | None:
+    if moment is None:
+        return None
+    return math.inf if moment.year == MAXYEAR else moment.timestamp()  # infinity, as the driver says it
 
 
 def _expires_at(row: asyncpg.Record, workspace: decide.Workspace, now: float) -> datetime | None:

@@ -12,7 +12,7 @@ from uuid import UUID
 import asyncpg
 from uuid_utils.compat import uuid7
 
-from services.queue import decide, store
+from services.queue import decide, fires, store
 from services.queue.backlogs import backlogs
 from services.queue.decide import Workspace
 from services.queue.deliver import Ending
@@ -23,7 +23,7 @@ from services.queue.store import PRIORITY_OF, SQL
 from shared import outbox
 from shared.broker import Publisher
 from shared.database import Connection, Pool, Trouble, classify, transact
-from shared.facts import BacklogSnapshot, ItemChanged, ItemStatus, NamedBacklog, Priority
+from shared.facts import BacklogSnapshot, Fact, ItemChanged, ItemStatus, NamedBacklog, Priority
 from shared.loops import Loop
 from shared.telemetry import log
 
@@ -278,26 +278,19 @@ async def end_waiting(
 ) -> list[UUID]:
     """End items that wait, visibly; return those that did (a claim may have been first)."""
     before = await store.lock(connection, {name for _, name in items})
-    rows = await connection.fetch(
-        SQL["end_items"], [queue_id for queue_id, _ in items], [status] * len(items), [reason] * len(items)
-    )
+    rows = await store.end(connection, [(queue_id, status, reason, None) for queue_id, _ in items])
     after = dict(before)
     for row in rows:
         after[row["workspace_id"]] = decide.leave(after[row["workspace_id"]], PRIORITY_OF[row["priority"]])
         ENDED.labels(status).inc()
     await store.save(connection, before, after)
-    if rows:
-        await outbox.add(
-            connection,
-            [
-                ItemChanged(
-                    workspace_id=row["workspace_id"],
-                    rev=row["rev"],
-                    queue_id=row["queue_id"],
-                    status=ItemStatus(status),
-                    reason=reason,
-                )
-                for row in rows
-            ],
-        )
+    told: list[Fact] = []
+    for row in rows:
+        name, queue_id, ended = row["workspace_id"], row["queue_id"], ItemStatus(status)
+        told.append(ItemChanged(workspace_id=name, rev=row["rev"], queue_id=queue_id, status=ended, reason=reason))
+        if fire := store.fire_of(row):
+            began_at = row["dispatched_epoch"] if row["attempts"] else None
+            told.append(fires.settled(name, queue_id, fire, ended, reason, began_at=began_at))
+    if told:
+        await outbox.add(connection, told)
     return [row["queue_id"] for row in rows]

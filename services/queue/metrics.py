@@ -6,12 +6,13 @@ from typing import get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.queue.decide import Reply
+from services.queue.decide import Outcome, Reply
 from shared.facts import Priority
 
 ENQUEUED = Counter("bide_queue_enqueued_total", "Messages read from the bus, by what they became", ["outcome"])
 DELIVERIES = Counter("bide_queue_deliveries_total", "Deliveries that ended, by what came back", ["outcome"])
 ENDED = Counter("bide_queue_ended_total", "Items that ended, by status", ["status"])
+TICKS = Counter("bide_queue_ticks_total", "Fires read from the bus (kept) and what they came to", ["outcome"])
 WAITED = Histogram(
     "bide_queue_wait_seconds", "From the message's arrival to its first delivery", ["priority"],
     buckets=(0.01, 0.1, 1, 10, 60, 300, 1800, 7200, 86400),
@@ -34,6 +35,8 @@ WAIT = Histogram(
 
 for outcome in ("new", "duplicate", "conflict", "repeated", "unreadable"):
     ENQUEUED.labels(outcome)
+for fire in ("kept", *get_args(Outcome)):
+    TICKS.labels(fire)
 for reply in get_args(Reply):
     DELIVERIES.labels(reply)
 for reason in ("busy", "not_delivered", "preempted", "written_back", "failed_attempt", "unknown", "owner_died"):

@@ -1,4 +1,5 @@
--- Statements of queue. Lock order: workspaces by id → idempotency_keys → a2a_queue by queue_id → a2a_finished → outbox.
+-- Statements of queue. Lock order: workspaces by id → schedules by id → idempotency_keys → a2a_queue by queue_id →
+-- a2a_finished → outbox.
 -- An item moves only under the lock of its workspace, so the counters there are exact and no claim can race another.
 -- $n "now" is a moment that a test passes; null: the database's clock.
 
@@ -248,19 +249,21 @@ gone AS (DELETE FROM a2a_queue q WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FR
 kept AS (
   INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
     method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error,
-    answer, retry_of, rev)
+    answer, retry_of, rev, schedule_id, fire_at, merged_count, first_missed_at)
   SELECT g.queue_id, g.workspace_id, g.caller_id, g.caller_hash, g.key_hash, g.body_hash, g.priority, d.status, d.reason,
     g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts + d.attempts, g.delivery_no,
-    g.agent_task_id, coalesce(d.last_error, g.last_error), d.answer, g.retry_of, g.rev + 1
+    g.agent_task_id, coalesce(d.last_error, g.last_error), d.answer, g.retry_of, g.rev + 1,
+    g.schedule_id, g.fire_at, g.merged_count, g.first_missed_at
   FROM gone g JOIN done d USING (queue_id))
-SELECT queue_id, workspace_id, status, delivery_no, priority, rev + 1 AS rev,
+SELECT queue_id, workspace_id, status, delivery_no, priority, rev + 1 AS rev, schedule_id, fire_at, rev_needed,
        extract(epoch FROM dispatched_at)::float8 AS dispatched_epoch FROM gone
 
 -- name: requeue_items
--- The same row, the same rank. Fenced by delivery_no.
+-- The same row, the same rank. Fenced by delivery_no. A tick gives its body back, for it is claimed with the newest; and
+-- one that its agent may have goes on alone, for it would be told of nothing that came since.
 WITH back AS (
-  SELECT * FROM unnest($1::uuid[], $2::int[], $3::int[], $4::int[], $5::float8[], $6::text[], $7::text[])
-    AS b(queue_id, delivery_no, attempts, deaths, wait_s, reason, last_error)),
+  SELECT * FROM unnest($1::uuid[], $2::int[], $3::int[], $4::int[], $5::float8[], $6::text[], $7::text[], $8::boolean[])
+    AS b(queue_id, delivery_no, attempts, deaths, wait_s, reason, last_error, may_run)),
 mine AS (
   SELECT q.queue_id FROM (SELECT * FROM back ORDER BY queue_id) b CROSS JOIN LATERAL (
     SELECT queue_id FROM a2a_queue
@@ -268,9 +271,11 @@ mine AS (
     LIMIT 1 FOR NO KEY UPDATE) q)
 UPDATE a2a_queue q SET status = 'queued', owner = NULL, attempts = q.attempts + b.attempts, deaths = q.deaths + b.deaths,
   not_before = CASE WHEN b.wait_s > 0 THEN clock_timestamp() + make_interval(secs => b.wait_s) ELSE q.not_before END,
-  reason = b.reason, last_error = coalesce(b.last_error, q.last_error), rev = q.rev + 1
+  reason = b.reason, last_error = coalesce(b.last_error, q.last_error), rev = q.rev + 1,
+  body = CASE WHEN q.schedule_id IS NULL THEN q.body ELSE '' END,
+  coalesces = q.coalesces AND NOT b.may_run AND q.agent_task_id IS NULL
 FROM back b WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FROM mine)) AND q.queue_id = b.queue_id
-RETURNING q.queue_id, q.workspace_id, q.priority, q.lane, q.rank_ms,
+RETURNING q.queue_id, q.workspace_id, q.priority, q.lane, q.rank_ms, q.schedule_id, q.coalesces,
           extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
 
 -- name: set_agent_task
@@ -288,8 +293,12 @@ FROM a2a_queue q CROSS JOIN LATERAL (
   SELECT * FROM workspaces WHERE workspace_id = q.workspace_id ORDER BY rev DESC LIMIT 1) w
 WHERE q.owner = $1 AND q.status = 'dispatched'
 
--- name: canceled_items
-SELECT queue_id FROM a2a_queue WHERE queue_id = ANY($1::uuid[]) AND cancel_at IS NOT NULL
+-- name: ending_instead
+-- Of items that would go back: those that somebody wants canceled, and ticks, with what their schedule says now.
+SELECT q.queue_id, q.cancel_at IS NOT NULL AS canceled, q.schedule_id, q.rev_needed, q.agent_task_id, s.rev, s.paused,
+       s.schedule_id IS NULL OR s.deleted AS deleted
+FROM a2a_queue q LEFT JOIN schedules s ON s.schedule_id = q.schedule_id
+WHERE q.queue_id = ANY($1::uuid[]) AND (q.cancel_at IS NOT NULL OR q.schedule_id IS NOT NULL)
 
 -- name: beat_replica
 -- A gap of half of what an owner may be silent breaks the judge's own line already: what held its beats back held the
@@ -344,6 +353,12 @@ WHERE ended_at >= coalesce($1::timestamptz, '-infinity') AND ended_at < $2
   AND queue_id = ANY(ARRAY(SELECT queue_id FROM old))
 RETURNING queue_id
 
+-- name: forget_schedules
+WITH old AS (
+  SELECT schedule_id FROM schedules WHERE deleted AND changed_at < $1
+  ORDER BY changed_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+DELETE FROM schedules WHERE schedule_id = ANY(ARRAY(SELECT schedule_id FROM old))
+
 -- name: forget_keys
 WITH old AS (
   SELECT ctid FROM idempotency_keys WHERE expires_at < coalesce($1, now())
@@ -384,8 +399,9 @@ WHERE q.status = 'queued' AND least(q.expires_at, q.give_up_at) <= coalesce($1, 
 ORDER BY least(q.expires_at, q.give_up_at), q.queue_id LIMIT $4
 
 -- name: end_items
--- Items that wait and end without a delivery: canceled, expired, given up.
-WITH wanted AS (SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS w(queue_id, status, reason)),
+-- Items that wait and end without a delivery: canceled, expired, given up; a tick that another stands for.
+WITH wanted AS (
+  SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::uuid[]) AS w(queue_id, status, reason, superseded_by)),
 mine AS (
   SELECT q.queue_id FROM (SELECT * FROM wanted ORDER BY queue_id) w CROSS JOIN LATERAL (
     SELECT queue_id FROM a2a_queue WHERE queue_id = w.queue_id AND status = 'queued' LIMIT 1 FOR UPDATE) q),
@@ -393,12 +409,14 @@ gone AS (DELETE FROM a2a_queue q WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FR
 kept AS (
   INSERT INTO a2a_finished (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, status, reason,
     method, body, context_id, enqueued_at, dispatched_at, ended_at, attempts, delivery_no, agent_task_id, last_error,
-    retry_of, rev)
+    retry_of, superseded_by, rev, schedule_id, fire_at, merged_count, first_missed_at)
   SELECT g.queue_id, g.workspace_id, g.caller_id, g.caller_hash, g.key_hash, g.body_hash, g.priority, w.status, w.reason,
     g.method, g.body, g.context_id, g.enqueued_at, g.dispatched_at, clock_timestamp(), g.attempts, g.delivery_no,
-    g.agent_task_id, g.last_error, g.retry_of, g.rev + 1
+    g.agent_task_id, g.last_error, g.retry_of, w.superseded_by, g.rev + 1,
+    g.schedule_id, g.fire_at, g.merged_count, g.first_missed_at
   FROM gone g JOIN wanted w USING (queue_id))
-SELECT queue_id, workspace_id, priority, rev + 1 AS rev FROM gone
+SELECT queue_id, workspace_id, priority, rev + 1 AS rev, schedule_id, fire_at, rev_needed, attempts,
+       extract(epoch FROM dispatched_at)::float8 AS dispatched_epoch FROM gone
 
 -- name: ask_cancel
 UPDATE a2a_queue SET cancel_at = coalesce(cancel_at, clock_timestamp()), rev = rev + 1
@@ -408,12 +426,12 @@ WHERE queue_id = $1 AND status = 'dispatched' RETURNING queue_id
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS ended_reason, priority, attempts, delivery_no,
        enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
        context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error, retry_of,
-       NULL::uuid AS retried_by, not_before
+       NULL::uuid AS retried_by, not_before, schedule_id, fire_at, merged_count, first_missed_at
 FROM a2a_queue WHERE queue_id = $1
 UNION ALL
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, reason, priority, attempts, delivery_no, enqueued_at,
        dispatched_at, ended_at, NULL, NULL, NULL, context_id, method, agent_task_id, superseded_by, answer, last_error,
-       retry_of, retried_by, NULL
+       retry_of, retried_by, NULL, schedule_id, fire_at, merged_count, first_missed_at
 FROM a2a_finished WHERE queue_id = $1
 
 -- name: find_failed
@@ -460,7 +478,7 @@ SELECT count(*)::int FROM (
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS ended_reason, priority, attempts, delivery_no,
        enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
        context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error, retry_of,
-       NULL::uuid AS retried_by, not_before
+       NULL::uuid AS retried_by, not_before, schedule_id, fire_at, merged_count, first_missed_at
 FROM a2a_queue
 WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2)
   AND ($7::smallint IS NULL OR priority = $7) AND status = 'queued'
@@ -471,7 +489,7 @@ ORDER BY lane, rank_ms, queue_id LIMIT $6
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, NULL::text AS ended_reason, priority, attempts, delivery_no,
        enqueued_at, dispatched_at, NULL::timestamptz AS ended_at, least(expires_at, give_up_at) AS expires_at, lane, rank_ms,
        context_id, method, agent_task_id, NULL::uuid AS superseded_by, NULL::bytea AS answer, last_error, retry_of,
-       NULL::uuid AS retried_by, not_before
+       NULL::uuid AS retried_by, not_before, schedule_id, fire_at, merged_count, first_missed_at
 FROM a2a_queue
 WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2)
   AND ($7::smallint IS NULL OR priority = $7) AND status = 'dispatched'
@@ -482,8 +500,75 @@ ORDER BY lane, rank_ms, queue_id LIMIT $6
 SELECT queue_id, workspace_id, caller_id, caller_hash, status, reason AS ended_reason, priority, attempts, delivery_no,
        enqueued_at, dispatched_at, ended_at, NULL::timestamptz AS expires_at, NULL::smallint AS lane,
        NULL::bigint AS rank_ms, context_id, method, agent_task_id, superseded_by, NULL::bytea AS answer, last_error,
-       retry_of, retried_by, NULL::timestamptz AS not_before
+       retry_of, retried_by, NULL::timestamptz AS not_before, schedule_id, fire_at, merged_count, first_missed_at
 FROM a2a_finished
 WHERE workspace_id = $1 AND ($2::bytea IS NULL OR caller_hash = $2)
   AND ($6::smallint IS NULL OR priority = $6) AND status = $3 AND queue_id < $4
 ORDER BY queue_id DESC LIMIT $5
+
+-- name: find_schedules
+SELECT schedule_id, rev, paused, deleted FROM schedules WHERE schedule_id = ANY($1::uuid[])
+
+-- name: save_schedules
+-- The newest word counts. Nobody needs the prompt of one that is gone.
+INSERT INTO schedules (schedule_id, workspace_id, rev, prompt, paused, deleted)
+SELECT * FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::bytea[], $5::boolean[], $6::boolean[])
+  AS s(schedule_id, workspace_id, rev, prompt, paused, deleted) ORDER BY schedule_id
+ON CONFLICT (schedule_id) DO UPDATE SET rev = excluded.rev, prompt = excluded.prompt, paused = excluded.paused,
+  deleted = schedules.deleted OR excluded.deleted, changed_at = now()
+WHERE schedules.rev < excluded.rev
+
+-- name: find_ticks
+-- All that waits and runs of these schedules, by the index of their caller; in the order of the line.
+SELECT q.queue_id, q.workspace_id, q.schedule_id, q.fire_at, q.last_fire_at, q.first_missed_at, q.merged_count,
+       q.rev_needed, q.coalesces, q.context_id, q.ceiling_s, q.status = 'queued' AND q.agent_task_id IS NULL AS waits
+FROM unnest($1::text[], $2::bytea[]) AS w(workspace_id, caller_hash) CROSS JOIN LATERAL (
+  SELECT * FROM a2a_queue WHERE workspace_id = w.workspace_id AND caller_hash = w.caller_hash) q
+WHERE q.schedule_id IS NOT NULL
+
+-- name: insert_ticks
+-- One whose prompt has not come yet is claimed by nobody until it has.
+INSERT INTO a2a_queue (queue_id, workspace_id, caller_id, caller_hash, key_hash, body_hash, priority, lane, rank_ms, method,
+                       body, reason, give_up_at, schedule_id, fire_at, last_fire_at, first_missed_at, merged_count,
+                       rev_needed, coalesces, context_id, ceiling_s, not_before)
+SELECT i.queue_id, i.workspace_id, i.caller_id, i.caller_hash, i.key_hash, i.key_hash, i.priority, i.lane, i.rank_ms,
+       'message/send', '', 'tick', now() + make_interval(secs => i.give_up_after_s), i.schedule_id, i.fire_at,
+       i.last_fire_at, i.first_missed_at, i.merged_count, i.rev_needed, i.coalesces, i.context_id, i.ceiling_s,
+       CASE WHEN s.rev >= i.rev_needed THEN NULL ELSE 'infinity'::timestamptz END
+FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::smallint[], $7::smallint[], $8::bigint[],
+            $9::float8[], $10::uuid[], $11::timestamptz[], $12::timestamptz[], $13::timestamptz[], $14::int[],
+            $15::bigint[], $16::boolean[], $17::text[], $18::float8[])
+  AS i(queue_id, workspace_id, caller_id, caller_hash, key_hash, priority, lane, rank_ms, give_up_after_s, schedule_id,
+       fire_at, last_fire_at, first_missed_at, merged_count, rev_needed, coalesces, context_id, ceiling_s)
+LEFT JOIN schedules s ON s.schedule_id = i.schedule_id
+ORDER BY i.queue_id
+
+-- name: merge_ticks
+-- What waits stands for more fires now. The newest of them has its own time until it is given up.
+UPDATE a2a_queue q SET last_fire_at = m.last_fire_at, first_missed_at = m.first_missed_at, merged_count = m.merged_count,
+  rev_needed = m.rev_needed, context_id = m.context_id, ceiling_s = m.ceiling_s, rev = q.rev + 1,
+  give_up_at = greatest(q.give_up_at, now() + make_interval(secs => m.give_up_after_s)),
+  not_before = CASE WHEN (SELECT s.rev FROM schedules s WHERE s.schedule_id = q.schedule_id) >= m.rev_needed
+                    THEN q.not_before ELSE 'infinity' END
+FROM unnest($1::uuid[], $2::timestamptz[], $3::timestamptz[], $4::int[], $5::bigint[], $6::text[], $7::float8[],
+            $8::float8[])
+  AS m(queue_id, last_fire_at, first_missed_at, merged_count, rev_needed, context_id, ceiling_s, give_up_after_s)
+WHERE q.queue_id = ANY($1::uuid[]) AND q.queue_id = m.queue_id AND q.status = 'queued'
+
+-- name: release_ticks
+-- Their prompts have come.
+UPDATE a2a_queue q SET not_before = NULL, rev = q.rev + 1
+FROM schedules s
+WHERE q.queue_id = ANY($1::uuid[]) AND s.schedule_id = q.schedule_id AND q.status = 'queued'
+  AND q.not_before = 'infinity' AND s.rev >= q.rev_needed
+
+-- name: read_prompts
+-- For ticks that were claimed, under the lock of their workspaces.
+SELECT q.queue_id, q.workspace_id, q.schedule_id, q.fire_at, q.last_fire_at, q.first_missed_at, q.merged_count,
+       q.rev_needed, q.coalesces, q.context_id, q.ceiling_s, false AS waits, s.rev AS prompt_rev, s.prompt
+FROM a2a_queue q JOIN schedules s ON s.schedule_id = q.schedule_id
+WHERE q.queue_id = ANY($1::uuid[]) AND s.rev >= q.rev_needed
+
+-- name: save_bodies
+UPDATE a2a_queue q SET body = b.body FROM unnest($1::uuid[], $2::bytea[]) AS b(queue_id, body)
+WHERE q.queue_id = ANY($1::uuid[]) AND q.queue_id = b.queue_id

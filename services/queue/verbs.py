@@ -50,7 +50,10 @@ async def cancel(connection: Connection, fact: QueueQuery) -> Answer:
 
 
 async def retry(connection: Connection, fact: QueueQuery) -> Answer:
-    """Make a new item of one that ended badly: the same body, no key, a new give-up. One retry for each item."""
+    """Make a new item of one that ended badly: the same body, no key, a new give-up. One retry for each item.
+
+    Of a tick it makes a message, with the prompt that was sent: its fire has been settled, and is not settled again.
+    """
     row = await find(connection, fact)
     if row is None:
         return UNKNOWN
@@ -61,13 +64,19 @@ async def retry(connection: Connection, fact: QueueQuery) -> Answer:
         return 409, problem("not_ended_badly", words)
     failed = await connection.fetchrow(SQL["find_failed"], row["queue_id"])
     if failed is None or not failed["body"]:
-        return 409, problem("body_gone", "Its body is no longer kept here. Send the message anew.")
+        return 409, _bodyless(row)
     if (await store.read(connection, [row["workspace_id"]]))[row["workspace_id"]].removed:
         return 410, problem("workspace_removed", "The workspace was removed: nobody will deliver it.")
     queue_id = await _insert_again(connection, failed)
     await connection.execute(SQL["set_retried"], failed["queue_id"], queue_id)
     _, body = await show(connection, queue_id)
     return 201, body
+
+
+def _bodyless(row: asyncpg.Record) -> dict[str, str]:
+    if row["schedule_id"] is not None:
+        return problem("never_sent", "It is a tick, and no message was made of it yet. Run its schedule instead.")
+    return problem("body_gone", "Its body is no longer kept here. Send the message anew.")
 
 
 async def _insert_again(connection: Connection, failed: asyncpg.Record) -> UUID:

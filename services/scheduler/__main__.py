@@ -5,7 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from services.scheduler.answers import Answers
+from services.scheduler.handlers import Handlers
 from services.scheduler.settings import Settings
+from services.scheduler.ticking import Ticking
+from shared.facts import ScheduleQuery, TickSettled, WorkspaceChanged, WorkspaceRegistered, WorkspaceRemoved
+from shared.loops import Loop, turning
 from shared.service import running, start
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -13,7 +18,16 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 async def main(settings: Settings) -> None:
     async with running("scheduler", settings, MIGRATIONS) as service:
-        await service.serve()
+        ticking = Ticking(settings, service.pool, told=service.relay.wake)
+        handlers = Handlers(ticking.loop.wake)
+        answers = Answers(settings, service.publisher, ticking.loop.wake)
+        service.reader.store(ScheduleQuery, answers.query)
+        service.reader.store(TickSettled, handlers.settled)
+        service.reader.store(WorkspaceRegistered, handlers.registered)
+        service.reader.store(WorkspaceChanged, handlers.registered)
+        service.reader.store(WorkspaceRemoved, handlers.removed)
+        async with turning([ticking.loop, Loop("measure", ticking.measure), Loop("forget", ticking.forget)]):
+            await service.serve()
 
 
 if __name__ == "__main__":

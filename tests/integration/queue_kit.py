@@ -28,6 +28,7 @@ from shared.facts import (
     QueryAnswered,
     QueueQuery,
     Running,
+    ScheduleApplied,
     WorkspaceHeartbeat,
     WorkspaceRegistered,
 )
@@ -63,6 +64,7 @@ class Door:
         self.kept: dict[UUID, asyncio.Future[ItemKept]] = {}
         self.answered: dict[UUID, asyncio.Future[QueryAnswered]] = {}
         self.changes: dict[UUID, list[ItemChanged]] = {}
+        self.applied: list[ScheduleApplied] = []
         self._beats = 0
 
     @property
@@ -197,6 +199,10 @@ async def door(stack: Stack) -> AsyncIterator[Door]:
             for fact in facts:
                 front.changes.setdefault(fact.queue_id, []).append(fact)
 
+        async def applied(facts: Sequence[ScheduleApplied]) -> None:
+            front.applied += facts
+
+        side.reader.hear(ScheduleApplied, applied)
         side.reader.hear(ItemKept, kept)
         side.reader.hear(QueryAnswered, answered)
         side.reader.hear(ItemChanged, changed)

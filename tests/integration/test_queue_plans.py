@@ -95,6 +95,7 @@ PLANS = {
     "oldest_items": ("'{w,w}', '{0,1}', now()", "a2a_queue_waiting", 20),
     "list_waiting": (f"{LISTED}, 51, NULL", "a2a_queue_waiting", 70),
     "count_ahead": (FAR, "a2a_queue_waiting", 1100),
+    "find_ticks": ("'{w}', ARRAY[sha256('schedule')]", "a2a_queue_key", 10),
     "ending_items": ("NULL, NULL, NULL, 500", "a2a_queue_ending", 10),
     "running_items": ("'{w}', '{1}'", "a2a_queue_running", 10),
     "lock_workspaces": ("'{w}', NULL", "workspaces_pkey", 10),

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("services", "shared", "bide_agent", "bide_cli", "deploy")
 SERVICES = ("proxy", "queue", "scheduler", "liveness")
 
+CRON_IN_WORDS = "services.scheduler.cron.words"
+
 # Room of a service → the rooms of the same service that it may import. __main__ may import all of them.
 ROOMS: dict[str, set[str]] = {
     "settings": set(),
@@ -24,18 +26,27 @@ ROOMS: dict[str, set[str]] = {
     "deliver": {"decide", "metrics", "settings"},
     "drivers": {"decide", "metrics", "settings"},
     "backlogs": {"store", "decide"},
-    "drain": {"store", "decide", "deliver", "backlogs", "metrics", "settings"},
+    "fires": {"store", "decide", "metrics"},
+    "ticks": {"store", "decide", "metrics", "drain", "backlogs", "fires", "loops"},
+    "drain": {"store", "decide", "deliver", "backlogs", "fires", "metrics", "settings"},
     "copies": {"decide", "metrics", "settings"},
-    "handlers": {"store", "decide", "metrics", "settings", "drain", "backlogs", "copies"},
-    "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "copies"},
+    "handlers": {"store", "decide", "metrics", "settings", "drain", "backlogs", "copies", "cron", "rules"},
+    "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "fires", "copies"},
     "aside": {"store", "metrics"},
     "history": {"store", "metrics", "settings"},
     "letters": {"store", "aside"},
     "items": {"store", "decide"},
-    "verbs": {"store", "decide", "items", "loops"},
-    "answers": {"store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters"},
+    "rules": {"cron", "decide"},
+    "forms": {"decide", "shapes"},
+    "shapes": {"decide"},
+    "ticking": {"store", "decide", "rules", "metrics", "settings"},
+    "verbs": {"store", "decide", "items", "loops", "cron", "rules", "forms", "shapes"},
+    "answers": {
+        "store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters", "cron", "rules", "forms",
+        "shapes", "metrics", "settings",
+    },
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
-}
+}  # fmt: skip
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -58,9 +69,7 @@ def refusal(module: str, imported: str) -> str | None:
     """Why `module` may not import `imported`; None: it may."""
     top, target = module.split(".", maxsplit=1)[0], imported.split(".", maxsplit=1)[0]
     if target not in PACKAGES:
-        if ".decide." in f"{module}." and target not in sys.stdlib_module_names:
-            return "decide is pure: the standard library and shared.facts"
-        return None
+        return None if target in sys.stdlib_module_names else _package_where_none_may_be(module)
     if top == "shared":
         return None if target == "shared" else "shared imports no service and no tool"
     if top in {"bide_agent", "bide_cli"}:
@@ -69,6 +78,14 @@ def refusal(module: str, imported: str) -> str | None:
         allowed = {"deploy", "shared", "bide_agent"}  # the demo's agents are real ones
         return None if target in allowed else "deploy starts services as processes"
     return _inside_service(module, imported)
+
+
+def _package_where_none_may_be(module: str) -> str | None:
+    if ".decide." in f"{module}.":
+        return "decide is pure: the standard library and shared.facts"
+    if module.startswith("services.scheduler.cron") and module != CRON_IN_WORDS:
+        return f"cron is pure: the standard library; packages in {CRON_IN_WORDS}"
+    return None
 
 
 def _inside_service(module: str, imported: str) -> str | None:
@@ -102,6 +119,8 @@ def test_every_import_follows_the_map() -> None:
         ("services.queue.handlers", "services.proxy.store"),
         ("services.queue.decide", "services.queue.store"),
         ("services.queue.decide", "asyncpg"),
+        ("services.scheduler.cron.times", "cron_descriptor"),
+        ("services.scheduler.cron.times", "services.scheduler.store"),
         ("services.queue.decide", "shared.database"),
         ("services.queue.store", "services.queue.handlers"),
         ("services.queue.utils", "services.queue.store"),
@@ -122,6 +141,8 @@ def test_the_map_refuses(module: str, imported: str) -> None:
         ("services.queue.decide", "shared.facts.Priority"),
         ("services.queue.decide", "dataclasses"),
         ("shared.broker", "aio_pika"),
+        ("services.scheduler.cron.words", "cron_descriptor"),
+        ("services.scheduler.cron.times", "zoneinfo"),
     ],
 )
 def test_the_map_allows(module: str, imported: str) -> None:

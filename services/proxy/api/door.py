@@ -18,6 +18,7 @@ from services.proxy.api.card import Cards
 from services.proxy.api.openapi import DOCS, OPENAPI
 from services.proxy.api.queue import Queue
 from services.proxy.api.registry import Registrar
+from services.proxy.api.schedules import Schedules
 from services.proxy.api.verbs import Verbs
 from services.proxy.api.wire import Refused, Request, Response, problem, rpc_error
 from services.proxy.api.workspaces import Workspaces
@@ -41,6 +42,8 @@ BUG = Refuse(
 Route = Callable[..., Awaitable[Response]]
 _ID = r"(?P<workspace_id>[^/]+)"
 _ITEM = r"(?P<queue_id>[^/]+)"
+_ALL = f"/workspaces/{_ID}/schedules"
+_ONE = rf"{_ALL}/(?P<schedule_id>[^/]+)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Api:
     workspaces: Workspaces
     queue: Queue
     verbs: Verbs
+    schedules: Schedules
     cards: Cards
 
     def table(self) -> Sequence[tuple[str, str, str, Route]]:
@@ -75,6 +79,16 @@ class Api:
             ("POST", f"/workspaces/{_ID}/pause", "pause", self.workspaces.pause),
             ("POST", f"/workspaces/{_ID}/resume", "resume", self.workspaces.resume),
             ("POST", f"/workspaces/{_ID}/remove", "remove", self.workspaces.remove),
+            ("GET", _ALL, "schedules", self.schedules.list),
+            ("POST", _ALL, "schedules", self.schedules.create),
+            ("GET", _ONE, "schedule", self.schedules.show),
+            ("PATCH", _ONE, "schedule", self.schedules.patch),
+            ("DELETE", _ONE, "schedule", self.schedules.delete),
+            ("POST", f"{_ONE}/run", "schedule", self.schedules.run),
+            ("POST", f"{_ONE}/pause", "schedule", self.schedules.pause),
+            ("POST", f"{_ONE}/resume", "schedule", self.schedules.resume),
+            ("GET", f"{_ONE}/fires", "schedule", self.schedules.fires),
+            ("GET", f"{_ONE}/preview", "schedule", self.schedules.preview),
             ("GET", "/openapi.json", "openapi", _openapi),
             ("GET", "/docs", "docs", _docs),
         )

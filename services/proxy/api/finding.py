@@ -10,8 +10,10 @@ import re
 import time
 from collections import OrderedDict
 
+from services.proxy.api.identity import Caller
+from services.proxy.api.wire import Refused
 from services.proxy.copies import Copies
-from services.proxy.decide import Presence, Workspace
+from services.proxy.decide import Head, Presence, Refuse, Workspace, admit
 from services.proxy.store import Store
 from shared.database import classify
 from shared.telemetry import log
@@ -45,6 +47,19 @@ class Finding:
             await self._look_up(workspace_id)
         return self._copies.registry.find(workspace_id)
 
+    async def owned(self, caller: Caller, workspace_id: str) -> Workspace:
+        """The workspace, if the caller is an operator or enrolled it. Others do not learn that it is there.
+
+        Raises:
+            Refused: it is not, or it was removed.
+        """
+        workspace = await self.find(workspace_id)
+        if workspace is None or not (caller.is_operator or caller.caller_id == workspace.owner_caller):
+            raise Refused(gone(None))
+        if workspace.removed:
+            raise Refused(gone(workspace))
+        return workspace
+
     async def _look_up(self, workspace_id: str) -> None:
         try:
             async with asyncio.timeout(_LOOKUP_TIMEOUT_S), self._slots:
@@ -59,3 +74,10 @@ def presence(workspace: Workspace | None) -> Presence:
     if workspace is None:
         return Presence.UNKNOWN
     return Presence.REMOVED if workspace.removed else Presence.KNOWN
+
+
+def gone(workspace: Workspace | None) -> Refuse:
+    """Say that it is not there, or no more."""
+    refuse = admit(Head(presence=presence(workspace)))
+    assert refuse is not None, "neither is let in"
+    return refuse

@@ -48,6 +48,7 @@ _ERRORS = {
     408: "The body did not come in time",
     409: "It stands against what is there",
     410: "It was removed",
+    412: "It has changed since you read it",
     413: "The body is too large",
     422: "A value is not what it must be",
     429: "Too much waits: come again after Retry-After",
@@ -90,6 +91,14 @@ _LISTED = (400, 401, 403, 500, 503)
 _ACTED = (*_WROTE, 404, 409)
 _PAUSED = (*_WROTE, 404, 410)
 
+_S = f"{_W}/schedules"
+_SCHEDULE = f"{_S}/{{schedule_id}}"
+_OF = (_WS, _in_path("schedule_id"))
+_MADE = {"201": "Made", "200": "It was made already"}
+_APPLIED = {**_OK, "202": "It stands; the queue has not said yet that it holds it"}
+_PLANNED = (*_WROTE, 404, 409, 410)
+_EDITED = (*_PLANNED, 412)
+
 _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("post", "/registry/register", _operation("Enrol an agent", ok=_OK, errors=(*_WROTE, 409, 410), body="Register")),
     ("post", "/registry/heartbeat", _operation("Live", ok=_OK, errors=(*_WROTE, 404, 409, 410), body="Heartbeat")),
@@ -131,6 +140,25 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("post", f"{_W}/pause", _operation("Pause it", ok=_OK, errors=_PAUSED, body="Note", parameters=(_WS,))),
     ("post", f"{_W}/resume", _operation("Let it go on", ok=_OK, errors=_PAUSED, body="Note", parameters=(_WS,))),
     ("post", f"{_W}/remove", _operation("Remove it for ever", ok=_OK, errors=(*_READ, 410), parameters=(_WS,))),
+    ("get", _S, _operation("Its schedules", ok=_OK, errors=(*_READ, 410), parameters=(_WS, *_PAGE))),
+    ("post", _S, _operation("A new schedule", ok=_MADE, errors=_PLANNED, body="Schedule", parameters=(_WS,))),
+    ("get", _SCHEDULE, _operation("A schedule", ok=_OK, errors=(*_READ, 410), parameters=_OF)),
+    ("patch", _SCHEDULE, _operation("Change it", ok=_APPLIED, errors=_EDITED, body="Schedule", parameters=_OF)),
+    ("delete", _SCHEDULE, _operation("Delete it", ok=_APPLIED, errors=_EDITED, parameters=_OF)),
+    ("post", f"{_SCHEDULE}/run", _operation("Fire now", ok=_MADE, errors=_PLANNED, parameters=_OF)),
+    ("post", f"{_SCHEDULE}/pause", _operation("Pause", ok=_APPLIED, errors=_PLANNED, body="Note", parameters=_OF)),
+    ("post", f"{_SCHEDULE}/resume", _operation("Go on", ok=_APPLIED, errors=_PLANNED, parameters=_OF)),
+    ("get", f"{_SCHEDULE}/fires", _operation("Fires", ok=_OK, errors=(*_LISTED, 404, 410), parameters=(*_OF, *_PAGE))),
+    (
+        "get",
+        f"{_SCHEDULE}/preview",
+        _operation(
+            "The next moments",
+            ok=_OK,
+            errors=(*_LISTED, 404, 410),
+            parameters=(*_OF, _in_query("n", {"type": "integer", "minimum": 1, "maximum": 100})),
+        ),
+    ),
     (
         "post",
         f"{_W}/a2a",
@@ -153,6 +181,28 @@ def _paths() -> dict[str, Any]:
     return paths
 
 
+_SCHEDULE_SHAPE: dict[str, Any] = {
+    "type": "object",
+    "description": "One of cron, every_s and at says when; the scheduler judges the values.",
+    "properties": {
+        "name": {"type": "string"},
+        "cron": {"type": "string", "maxLength": 256},
+        "every_s": {"type": "number", "minimum": 1},
+        "at": {"type": "string", "format": "date-time"},
+        "timezone": {"type": "string", "default": "UTC"},
+        "prompt": {"type": "string"},
+        "overlap": {"enum": ["queue_one", "queue_all", "skip"], "default": "queue_one"},
+        "catchup_window_s": {"type": "number"},
+        "jitter_s": {"type": "number"},
+        "session_ceiling_s": {"type": "number"},
+        "priority": {"enum": ["CRITICAL", "TASK", "INFO"], "default": "TASK"},
+        "context": {"enum": ["fresh", "same"], "default": "fresh"},
+        "ends_at": {"type": "string", "format": "date-time"},
+        "remaining_runs": {"type": "integer", "minimum": 1},
+    },
+}
+
+
 def _schemas() -> dict[str, Any]:
     schemas: dict[str, Any] = {}
     for model in (Register, Heartbeat, UpdateCard, Patch, Note, CancelMany):
@@ -170,6 +220,7 @@ def _schemas() -> dict[str, Any]:
         },
     }
     error = {"type": "object", "required": ["code", "message"]}
+    schemas["Schedule"] = _SCHEDULE_SHAPE
     schemas["RpcError"] = {"type": "object", "required": ["error"], "properties": {"error": error}}
     schemas["Problem"] = {"type": "object", "required": ["status", "title", "code", "detail"]}
     return schemas

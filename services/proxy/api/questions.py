@@ -22,7 +22,7 @@ from services.proxy.decide import Refuse
 from services.proxy.settings import Settings
 from shared import topology
 from shared.broker import NotPublished, Publisher, PublishUnknown
-from shared.facts import FLEET, Priority, QueryAnswered, QueueQuery
+from shared.facts import FLEET, Priority, QueryAnswered, QueueQuery, ScheduleQuery
 
 AWAY = Refuse(503, "queue_away", "The queue service does not answer now. Ask again.", retry_after_s=2)
 NOT_YET = Refuse(
@@ -60,6 +60,21 @@ class Found:
         return said if isinstance(said, dict) else {}
 
 
+async def answered(
+    copies: Copies, publisher: Publisher, query: QueueQuery | ScheduleQuery, timeout_s: float
+) -> Found | None:
+    """What the service that is asked says; None: it does not answer."""
+    with copies.queries.asking(query.query_id) as answer:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await publisher.publish(query)
+                said = await answer
+        except (TimeoutError, NotPublished, PublishUnknown):
+            return None
+    # 408: it was met after its deadline, and nothing was done.
+    return Found(said.status, said.body) if said.status != 408 else None  # noqa: PLR2004
+
+
 class Questions:
     """Asks the queue service."""
 
@@ -84,15 +99,7 @@ class Questions:
             reply_to=self._reply_to,
             **about,
         )
-        with self._copies.queries.asking(query.query_id) as answered:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._publisher.publish(query)
-                    said = await answered
-            except (TimeoutError, NotPublished, PublishUnknown):
-                return None
-        # 408: the queue met it after its deadline and did nothing.
-        return Found(said.status, said.body) if said.status != 408 else None  # noqa: PLR2004
+        return await answered(self._copies, self._publisher, query, timeout_s)
 
     async def item(self, queue_id: UUID, caller: Caller) -> Found | Refuse:
         """One item as 2-http shapes it, also one that was promised here and is not read yet."""

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from services.proxy.api.finding import Finding, presence
+from services.proxy.api.finding import Finding, gone
 from services.proxy.api.forms import Note, Patch
-from services.proxy.api.identity import Caller, Identity, display
+from services.proxy.api.identity import Identity, display
 from services.proxy.api.wire import Refused, Request, Response, answer, validated
 from services.proxy.copies import Copies
 from services.proxy.copies.backlogs import View
 from services.proxy.copies.keeps import Keep
-from services.proxy.decide import Head, Refuse, Workspace, admit
+from services.proxy.decide import Refuse, Workspace
 from services.proxy.settings import Settings
 from services.proxy.store import Audit, Store
 from shared.facts import Priority
@@ -67,13 +67,13 @@ class Workspaces:
 
     async def show(self, request: Request, workspace_id: str) -> Response:
         caller = await self._identity.require(request)
-        workspace = await self._owned(caller, workspace_id)
+        workspace = await self._finding.owned(caller, workspace_id)
         return answer(200, self._show(workspace))
 
     async def patch(self, request: Request, workspace_id: str) -> Response:
         """Change what is named; the answer is the workspace as it is now."""
         caller = await self._identity.require(request)
-        await self._owned(caller, workspace_id)
+        await self._finding.owned(caller, workspace_id)
         patch = validated(Patch, await self._body(request))
         named = patch.model_fields_set
         if named & _OPERATORS and not caller.is_operator:
@@ -85,7 +85,7 @@ class Workspaces:
     async def pause(self, request: Request, workspace_id: str) -> Response:
         """Let what comes wait. Said again without a note, the note of the first time stays."""
         caller = await self._identity.require(request)
-        workspace = await self._owned(caller, workspace_id)
+        workspace = await self._finding.owned(caller, workspace_id)
         note = noted(await self._body(request))
         named = {"pause_note": note} if note is not None or not workspace.paused else {}
         audit = Audit(caller.caller_id, "pause", {"note": note})
@@ -93,7 +93,7 @@ class Workspaces:
 
     async def resume(self, request: Request, workspace_id: str) -> Response:
         caller = await self._identity.require(request)
-        await self._owned(caller, workspace_id)
+        await self._finding.owned(caller, workspace_id)
         audit = Audit(caller.caller_id, "resume", {"note": noted(await self._body(request))})
         return await self._write(workspace_id, {"paused": False, "pause_note": None}, audit)
 
@@ -104,7 +104,7 @@ class Workspaces:
         """Write what changes, tell everybody, and answer with the workspace as it is now."""
         workspace = await self._store.patch(workspace_id, changes, audit)
         if workspace is None:
-            raise Refused(_gone(self._copies.registry.find(workspace_id)))
+            raise Refused(gone(self._copies.registry.find(workspace_id)))
         self._copies.registry.put(workspace)
         self._told()
         names = sorted({*changes, *changes.get("settings", {})} - {"settings"})
@@ -115,22 +115,13 @@ class Workspaces:
         """Remove it for ever; twice is once."""
         caller = await self._identity.require_operator(request)
         if await self._finding.find(workspace_id) is None:
-            raise Refused(_gone(None))
+            raise Refused(gone(None))
         workspace = await self._store.remove(workspace_id, Audit(caller.caller_id, "remove", {}))
         if workspace is not None:
             self._copies.registry.put(workspace)
             self._told()
             log.info("workspace_removed", workspace_id=workspace_id, rev=workspace.rev)
         return answer(200, {"workspace_id": workspace_id, "status": "removed"})
-
-    async def _owned(self, caller: Caller, workspace_id: str) -> Workspace:
-        """The workspace, if the caller is an operator or enrolled it. Others do not learn that it is there."""
-        workspace = await self._finding.find(workspace_id)
-        if workspace is None or not (caller.is_operator or caller.caller_id == workspace.owner_caller):
-            raise Refused(_gone(None))
-        if workspace.removed:
-            raise Refused(_gone(workspace))
-        return workspace
 
     def _show(self, workspace: Workspace) -> dict[str, Any]:
         now = time.time()
@@ -198,12 +189,6 @@ def _limit(said: str | None) -> int:
     if not said.isdigit() or not 1 <= int(said[:9]) <= PAGE_MAX:
         raise Refused(Refuse(400, "bad_value", f"limit is a number from 1 to {PAGE_MAX}."))
     return int(said)
-
-
-def _gone(workspace: Workspace | None) -> Refuse:
-    refuse = admit(Head(presence=presence(workspace)))
-    assert refuse is not None, "neither is let in"
-    return refuse
 
 
 def noted(body: bytes) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.proxy.copies.applied import Applied
 from services.proxy.copies.backlogs import Backlogs
 from services.proxy.copies.flights import Flights
 from services.proxy.copies.keeps import Keeps
@@ -15,7 +16,7 @@ from services.proxy.copies.queries import Queries
 from services.proxy.copies.registry import Registry
 from services.proxy.copies.uses import Uses
 
-__all__ = ["Backlogs", "Copies", "Flights", "Keeps", "Owners", "Queries", "Registry", "Uses"]
+__all__ = ["Applied", "Backlogs", "Copies", "Flights", "Keeps", "Owners", "Queries", "Registry", "Uses"]
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class Copies:
     flights: Flights = field(default_factory=Flights)
     owners: Owners = field(default_factory=Owners)
     queries: Queries = field(default_factory=Queries)
+    applied: Applied = field(default_factory=Applied)
     uses: Uses = field(init=False)
 
     def __post_init__(self) -> None:

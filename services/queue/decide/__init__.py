@@ -1,6 +1,6 @@
 """The policies of the queue: the order in a line, what may be delivered, what becomes of an item, and why it waits.
 
-Values in, values out: no clock, no I/O. Times are seconds since 1970. The tables: tests/unit/test_queue_decide.py.
+Values in, values out: no clock, no I/O. Times are seconds since 1970. The tables: tests/unit/test_queue_decide*.py.
 """
 
 from services.queue.decide.fates import Fate, Finish, Item, Reply, Requeue, busy_wait_s, fate, may_go_back
@@ -14,6 +14,21 @@ from services.queue.decide.line import (
     lane,
     rank,
     turns,
+)
+from services.queue.decide.ticks import (
+    Admission,
+    Keep,
+    Merge,
+    Outcome,
+    Overlap,
+    Schedule,
+    Settle,
+    Tick,
+    admit,
+    has_room,
+    merged,
+    outcome,
+    withdrawn,
 )
 from services.queue.decide.why import Waiting, why
 from services.queue.decide.workspace import (
@@ -38,9 +53,9 @@ from services.queue.decide.workspace import (
 )
 
 __all__ = [
-    "CRITICAL_LANE", "INFO_PATIENCE_MS", "REST_LANE",
-    "Closed", "Ending", "Fate", "Finish", "Floors", "Forwards", "Head", "Item", "Place", "Reply", "Requeue", "Waiting",
-    "Workspace", "begin", "busy_wait_s", "by_priority", "closed", "end", "fate", "hear_beat", "hear_forwards", "keep",
-    "lane", "leave", "lowered", "may_go_back", "paused", "place_told", "rank", "spare", "taken", "turn_s", "turns",
-    "why",
+    "CRITICAL_LANE", "INFO_PATIENCE_MS", "REST_LANE", "Admission", "Closed", "Ending", "Fate", "Finish", "Floors",
+    "Forwards", "Head", "Item", "Keep", "Merge", "Outcome", "Overlap", "Place", "Reply", "Requeue", "Schedule",
+    "Settle", "Tick", "Waiting", "Workspace", "admit", "begin", "busy_wait_s", "by_priority", "closed", "end", "fate",
+    "has_room", "hear_beat", "hear_forwards", "keep", "lane", "leave", "lowered", "may_go_back", "merged", "outcome",
+    "paused", "place_told", "rank", "spare", "taken", "turn_s", "turns", "why", "withdrawn",
 ]  # fmt: skip

@@ -87,13 +87,15 @@ def fate(
     deaths: int,
     at_most_once: bool,
     cancel_requested: bool,
+    canceled_as: str = "canceled",
     critical_waits: bool = False,
     attempts_max: int = 5,
     deaths_max: int = 3,
 ) -> Fate:
     """Say what becomes of an item whose delivery came back as `reply` (the table of policies §2 and §3).
 
-    `attempts` and `deaths` are those before this delivery; `critical_waits`: a CRITICAL message was why it ended.
+    `attempts` and `deaths` are those before this delivery; `canceled_as`: why an item that is to be canceled ends;
+    `critical_waits`: a CRITICAL message was why it ended.
     """
     decided = _fate(reply, attempts, deaths, at_most_once=at_most_once, limits=(attempts_max, deaths_max))
     if reply == "preempted" and not critical_waits and isinstance(decided, Requeue):
@@ -101,7 +103,7 @@ def fate(
         decided = replace(decided, closes=True)
     if isinstance(decided, Requeue) and cancel_requested:
         # A row that would return to the queue with a cancel on it ends instead.
-        return Finish(ItemStatus.CANCELED, "canceled", decided.ending, decided.attempts)
+        return Finish(ItemStatus.CANCELED, canceled_as, decided.ending, decided.attempts)
     return decided
 
 

@@ -21,6 +21,8 @@ class Waiting:
     rank_ms: int = 0
     not_before: float | None = None
     """Of the item itself: asked for by its caller, or after a failed attempt."""
+    awaits_prompt: bool = False
+    """It is a tick, and what its schedule says now has not come yet."""
     attempts: int = 0
     session_began: float | None = None
     """When the longest delivery that runs there began."""
@@ -55,12 +57,16 @@ def why(workspace: Workspace, item: Waiting, now: float) -> tuple[str, dict[str,
 def _reason(workspace: Workspace, item: Waiting, reason: Closed | None, in_use: int, now: float) -> str:
     if reason is not None:
         return reason.value
+    if item.awaits_prompt:
+        return "awaits_prompt"
     if item.not_before is not None and item.not_before > now:
         return "not_before"
     return "at_capacity" if in_use >= workspace.max_concurrent else "in_line"
 
 
-def _words(workspace: Workspace, item: Waiting, reason: Closed | None, in_use: int, now: float) -> str:
+def _words(  # noqa: PLR0911 - a sentence each
+    workspace: Workspace, item: Waiting, reason: Closed | None, in_use: int, now: float
+) -> str:
     match reason:
         case Closed.REMOVED:
             return "the workspace was removed"
@@ -72,6 +78,8 @@ def _words(workspace: Workspace, item: Waiting, reason: Closed | None, in_use: i
         case Closed.BUSY:
             return f"its agent said it is busy and is asked again in {_span((workspace.not_before or now) - now)}"
         case None if item.not_before is not None and item.not_before > now:
+            if item.awaits_prompt:
+                return "it waits for the newest prompt of its schedule, which is on its way"
             said = "after a failed attempt it waits" if item.attempts else "it waits"
             return f"{said} for another {_span(item.not_before - now)}"
         case None:

@@ -4,7 +4,7 @@ Every method works in the caller's transaction, so that a whole turn (finish, re
 """
 
 from services.queue.store.claims import Claimed, claim, find_lost, item_of, running
-from services.queue.store.endings import Ended, Settled, canceled, finish, requeue
+from services.queue.store.endings import Ended, Fire, Settled, end, ending_instead, finish, fire_of, requeue
 from services.queue.store.kept import (
     Known,
     find_active,
@@ -16,6 +16,18 @@ from services.queue.store.kept import (
     reserve_keys,
 )
 from services.queue.store.statements import PRIORITIES, PRIORITY_OF, SQL
+from services.queue.store.ticks import (
+    Prompt,
+    caller_of,
+    find_schedules,
+    find_ticks,
+    insert_ticks,
+    merge_ticks,
+    read_prompts,
+    release_ticks,
+    save_bodies,
+    save_schedules,
+)
 from services.queue.store.workspaces import (
     Locked,
     clock,
@@ -29,7 +41,9 @@ from services.queue.store.workspaces import (
 )
 
 __all__ = [
-    "PRIORITIES", "PRIORITY_OF", "SQL", "Claimed", "Ended", "Known", "Locked", "Settled", "canceled", "claim", "clock",
-    "find_active", "find_ids", "find_lost", "finish", "insert", "insert_ended", "item_of", "key_of", "lock", "oldest",
-    "place_of", "read", "read_active", "requeue", "reserve_keys", "running", "save", "save_counters", "shift_clocks",
+    "PRIORITIES", "PRIORITY_OF", "SQL", "Claimed", "Ended", "Fire", "Known", "Locked", "Prompt", "Settled",
+    "caller_of", "claim", "clock", "end", "ending_instead", "find_active", "find_ids", "find_lost", "find_schedules",
+    "find_ticks", "finish", "fire_of", "insert", "insert_ended", "insert_ticks", "item_of", "key_of", "lock",
+    "merge_ticks", "oldest", "place_of", "read", "read_active", "read_prompts", "release_ticks", "requeue",
+    "reserve_keys", "running", "save", "save_bodies", "save_counters", "save_schedules", "shift_clocks",
 ]  # fmt: skip
