@@ -165,7 +165,8 @@ def hear_beat(
     """
     if incarnation < workspace.incarnation or (incarnation == workspace.incarnation and rev <= workspace.beat_rev):
         return workspace
-    recent = tuple(each for each in workspace.recent_ended if each[0] > at or counts_as_ended(each[1], at))
+    # All of them stay: the first beat of a new life may have come in before the last one of the old life.
+    recent = workspace.recent_ended
     heard = replace(
         workspace,
         incarnation=incarnation,
@@ -176,7 +177,6 @@ def hear_beat(
         max_concurrent=maximum or workspace.max_concurrent,
         started_since=begun_after + sum(begun > at for begun, _ in recent),
         ended_since=sum(counts_as_ended(end, at) for _, end in recent),
-        recent_ended=recent,
         rev=workspace.rev + 1,
     )
     # A beat that shows room opens a workspace that answered busy.
