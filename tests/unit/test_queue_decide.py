@@ -216,7 +216,7 @@ def test_a_session_ends_as_if_it_had_not_begun_when_it_met_a_busy_agent() -> Non
 
 
 def test_a_new_life_whose_first_beat_came_before_the_last_of_the_old_one_forgets_no_unknown_end() -> None:
-    """B-01, A-Q-23: begun after that beat, it may still run there; a later beat of the old life settles nothing of it."""
+    """B-01, A-Q-23: begun after that beat, it may still run there; a later beat of the old life settles nothing."""
     old = replace(OPEN, recent_ended=((NOW - 1, 0.0),), max_concurrent=2)
     heard = beat(old, rev=1, at=NOW)
     new = hear_beat(heard, rev=2, at=NOW - 2, active=0, cadence_s=30.0, incarnation=heard.incarnation + 1, maximum=None)
