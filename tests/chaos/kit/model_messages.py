@@ -159,6 +159,8 @@ class Messages(Seats):
             assert (status, shown["queue_id"]) == (200, str(item.retried_by)), "retried twice is retried once"
         elif item.status not in ENDED_BADLY:
             assert status == 409
+        elif self.model.seat(item.workspace).removed:
+            assert status == 410, "nobody would deliver it"
         else:
             assert (status, shown["retry_of"]) == (201, str(item.queue_id))
             self.model.retry(item, await self._again(item, UUID(shown["queue_id"])))
