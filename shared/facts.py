@@ -85,6 +85,10 @@ class Running(Part):
     session_id: str
     key_hash: Digest | None = None
     started_at: AwareDatetime
+    ceiling_s: Annotated[float, Field(ge=0)] | None = None
+    """Of its own, as its schedule says; None: its workspace's. 0: no ceiling."""
+    schedule_id: UUID | None = None
+    """The schedule whose tick it is."""
 
 
 class Ended(Part):
@@ -100,13 +104,18 @@ class Ended(Part):
 
 
 class ProxyBeat(Fact):
-    """One proxy's live forwards in one workspace. `rev` numbers the beats of this proxy."""
+    """One proxy's live forwards in one workspace. `rev` numbers the beats of this proxy.
+
+    Of the fleet (`workspace_id` "-"), every few seconds, it says only that this proxy lives.
+    """
 
     proxy_id: str
     forwards: tuple[Running, ...] = ()
     ended: tuple[Ended, ...] = ()
     gate_generation: Count = 0
     """The youngest closing of the gate that this proxy has seen."""
+    gate_until: AwareDatetime | None = None
+    """Until when this proxy begins no forward there, whatever else it hears; None: it knows of no closed gate."""
 
 
 class MessageBusy(Fact):
@@ -160,6 +169,13 @@ class WorkspaceRemoved(Fact):
     """Nobody will answer here again."""
 
 
+class Acknowledged(Part):
+    """A directive that the agent has taken, and what it says of it."""
+
+    directive_id: UUID
+    result: str = ""
+
+
 class WorkspaceHeartbeat(Fact):
     """What an agent said of itself. `rev` is the receive time in µs; an older incarnation is ignored."""
 
@@ -170,7 +186,7 @@ class WorkspaceHeartbeat(Fact):
     progress: float | None = None
     uptime_s: float | None = None
     runtime_state: str | None = None
-    acknowledged: tuple[UUID, ...] = ()
+    acknowledged: tuple[Acknowledged, ...] = ()
 
 
 class EvidenceKind(StrEnum):
@@ -239,7 +255,9 @@ class Backlog(Part):
     waiting: Count
     in_use: Count
     gate_generation: Count = 0
-    gate_closed: bool = False
+    """How often the gate has been closed."""
+    gate_until: AwareDatetime | None = None
+    """No session may begin before; None: the gate is open."""
     not_before: AwareDatetime | None = None
     running: tuple[Running, ...] = ()
     critical_waiting_since: AwareDatetime | None = None
@@ -255,8 +273,17 @@ class WorkspaceBacklog(Backlog, Fact):
 
 
 class NamedBacklog(Backlog):
+    """One workspace of a snapshot, with what only the scheduler asks for: all that its agent is known to do."""
+
     workspace_id: WorkspaceId
     rev: Count
+    incarnation: Count = 0
+    forwards: tuple[Running, ...] = ()
+    """Live forwards of the proxies that live."""
+    foreign: Count = 0
+    """Tasks that the agent has in hand and that neither deliveries nor live forwards explain."""
+    beat_at: AwareDatetime | None = None
+    """When the newest heartbeat came in."""
 
 
 FLEET = "-"
@@ -264,7 +291,7 @@ FLEET = "-"
 
 
 class BacklogSnapshot(Fact):
-    """Part `part` (from 0) of `parts` of all backlogs: a workspace that no part names has nothing waiting or running.
+    """Part `part` (from 0) of `parts` of all backlogs. Where no part names a workspace nothing waits, runs or is shut.
 
     `occurred_at` is when it was read; `rev` counts the snapshots of this replica of queue.
     """
@@ -317,27 +344,22 @@ class QueryAnswered(Fact):
     body: bytes
 
 
-# ── liveness ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class WorkspaceStatus(Fact):
-    incarnation: Count
-    status: Literal["online", "busy", "suspect", "offline", "restarting", "wedged", "paused", "gave_up", "removed"]
-    reason: str
-
-
 # ── scheduler ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class ScheduleQuery(Fact):
-    """A question or a command about schedules; answered with QueryAnswered to `reply_to`.
+    """A question or a command about schedules or sessions; answered with QueryAnswered to `reply_to`.
 
-    A command (`create`, `patch`, `delete`, `run`, `pause`, `resume`) answers after its commit, may be sent again, and
-    is refused after `expires_at`.
+    A command (`create`, `patch`, `delete`, `run`, `pause`, `resume`; `checkpoint` and `stop`, about the sessions of a
+    workspace) answers after its commit, may be sent again, and is refused after `expires_at`. `sessions` shows what
+    runs in a workspace, or in all of them ("-"), and which of its schedules bounce.
     """
 
     query_id: UUID
-    verb: Literal["list", "show", "fires", "preview", "create", "patch", "delete", "run", "pause", "resume"]
+    verb: Literal[
+        "list", "show", "fires", "preview", "create", "patch", "delete", "run", "pause", "resume",
+        "sessions", "checkpoint", "stop",
+    ]  # fmt: skip
     schedule_id: UUID | None = None
     """With `create` the id that the new one gets: said twice, it is one."""
     body: bytes = b"{}"
@@ -399,38 +421,39 @@ class TickSettled(Fact):
     """When its delivery began, if it did."""
 
 
-class SessionChanged(Fact):
-    """A session started or ended. Only for speed: snapshots heal what is lost."""
-
-    session_id: str
-    incarnation: Count
-    state: Literal["started", "ended"]
-    at: AwareDatetime
-    reason: str | None = None
-
-
 class DirectiveKind(StrEnum):
     CHECKPOINT = "checkpoint"
     STOP = "stop"
 
 
 class SessionDirective(Fact):
+    """What is asked of an agent. Said again every 10 s, under the same `directive_id`, until it is past.
+
+    `rev` is the session's.
+    """
+
     directive_id: UUID
     session_id: str
     incarnation: Count
     kind: DirectiveKind
     reason: Literal["ceiling_near", "tick_waiting", "critical_waiting", "ceiling", "restart", "operator"]
     deadline: AwareDatetime | None = None
+    """By when; None: at once."""
 
 
 class SessionStop(Fact):
+    """Whoever holds this session asks its agent to cancel it. Said again every 10 s until the session has ended."""
+
     session_id: str
     incarnation: Count
     reason: str
 
 
 class SessionGate(Fact):
-    """Close the gate for this session, keep it closed until `gate_until`, or let the session leave it."""
+    """Close the gate for this session, keep it closed until `gate_until`, or let the session leave it.
+
+    `rev` grows with each word about one session. Each that closes is answered with GateClosed, as soon as it is true.
+    """
 
     session_id: str
     incarnation: Count
@@ -439,17 +462,29 @@ class SessionGate(Fact):
 
 
 class GateClosed(Fact):
+    """No session begins in this workspace before `until`: every proxy that lives has seen the gate closed.
+
+    `rev` is the workspace's, `occurred_at` when it was true.
+    """
+
     session_id: str
     incarnation: Count
     generation: Count
+    until: AwareDatetime
+    """The earliest moment until which one of the proxies, or the queue, keeps it closed by what it has heard."""
     in_flight: tuple[Running, ...] = ()
+    """All deliveries and live forwards."""
+    foreign: Count = 0
+    beat_at: AwareDatetime | None = None
+    cadence_s: float = 30.0
 
 
 class SessionKill(Fact):
+    """End the container that this session runs in; of no effect once it is another life's, or after `expires_at`."""
+
     session_id: str
     incarnation: Count
     order_id: UUID
-    container: str | None = None
     expires_at: AwareDatetime
 
 
@@ -458,3 +493,29 @@ class KillDone(Fact):
     incarnation: Count
     order_id: UUID
     result: Literal["applied", "stale", "already_ended", "not_killable"]
+
+
+# ── liveness ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WorkspaceStatus(Fact):
+    incarnation: Count
+    status: Literal["online", "busy", "suspect", "offline", "restarting", "wedged", "paused", "gave_up", "removed"]
+    reason: str
+
+
+class LivenessQuery(Fact):
+    """A question or a command about an agent's life; answered with QueryAnswered to `reply_to`.
+
+    A command (`restart`, `resume`) answers after its commit, may be sent again, and is refused after `expires_at`.
+    `show` tells what is believed and why, `history` the evidence and the restarts, newest first.
+    """
+
+    query_id: UUID
+    verb: Literal["show", "history", "restart", "resume"]
+    note: str = ""
+    by: str
+    """Who says it, as it is shown."""
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
+    expires_at: AwareDatetime
+    reply_to: str

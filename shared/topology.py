@@ -23,6 +23,7 @@ from shared.facts import (
     ItemChanged,
     ItemKept,
     KillDone,
+    LivenessQuery,
     MessageBusy,
     ProxyBeat,
     QueryAnswered,
@@ -31,7 +32,6 @@ from shared.facts import (
     ScheduleChanged,
     ScheduleQuery,
     ScheduleTick,
-    SessionChanged,
     SessionDirective,
     SessionGate,
     SessionKill,
@@ -128,7 +128,6 @@ def _routes() -> Iterator[Route]:
     yield Route(QueueQuery, "queue", perishable)
     yield Route(QueryAnswered, "proxy", replica)
     yield Route(ItemChanged, "proxy", replica)
-    yield Route(ItemChanged, "scheduler", quorum)
     yield Route(DeliveryEvent, "proxy", replica)
     for fact in (WorkspaceRegistered, WorkspaceChanged, WorkspaceRemoved):
         yield Route(fact, "proxy", replica)
@@ -136,24 +135,21 @@ def _routes() -> Iterator[Route]:
             yield Route(fact, reader, quorum)
     for beat in (WorkspaceHeartbeat, ProxyBeat):
         yield Route(beat, "proxy", replica)
-        for reader in ("queue", "scheduler", "liveness"):
+        for reader in ("queue", "liveness"):
             yield Route(beat, reader, perishable)
     yield Route(WorkspaceBacklog, "proxy", replica)
-    yield Route(BacklogSnapshot, "proxy", replica)
-    yield Route(BacklogSnapshot, "scheduler", perishable)
-    yield Route(WorkspaceBacklog, "scheduler", perishable)
+    for reader in ("proxy", "scheduler"):
+        yield Route(BacklogSnapshot, reader, replica)
     yield Route(WorkspaceEvidence, "liveness", quorum)
     yield Route(WorkspaceStatus, "proxy", replica)
-    for reader in ("queue", "scheduler"):
-        yield Route(WorkspaceStatus, reader, quorum)
+    yield Route(WorkspaceStatus, "queue", quorum)
     yield Route(ScheduleQuery, "scheduler", perishable)
     yield Route(ScheduleApplied, "proxy", replica)
     yield Route(ScheduleTick, "queue", quorum)
     yield Route(ScheduleChanged, "queue", quorum)
     yield Route(TickSettled, "scheduler", quorum)
-    yield Route(SessionChanged, "scheduler", quorum)
     yield Route(SessionDirective, "proxy", replica)
-    yield Route(SessionDirective, "proxy.session.control", perishable)
+    yield Route(SessionDirective, "proxy.control", perishable)
     yield Route(SessionStop, "queue", quorum)
     yield Route(SessionStop, "proxy", replica)
     yield Route(SessionGate, "queue", quorum)
@@ -161,25 +157,10 @@ def _routes() -> Iterator[Route]:
     yield Route(SessionKill, "liveness", quorum)
     for reader in ("scheduler", "queue"):
         yield Route(KillDone, reader, quorum)
-    yield Route(KillDone, "proxy", replica)
+    yield Route(LivenessQuery, "liveness", perishable)
 
 
-_TO_COME = {"liveness", "proxy.session.control"}
-"""Readers that do not read yet: a durable queue that nobody reads would fill the disk."""
-_SCHEDULER_TO_COME = {
-    ItemChanged, WorkspaceHeartbeat, ProxyBeat, BacklogSnapshot, WorkspaceBacklog, WorkspaceStatus, SessionChanged,
-    GateClosed, KillDone,
-}  # fmt: skip
-"""What scheduler will read of sessions, and does not yet."""
-
-
-def _is_read(candidate: Route) -> bool:
-    if candidate.reader == "scheduler":
-        return candidate.fact not in _SCHEDULER_TO_COME
-    return candidate.reader not in _TO_COME
-
-
-ROUTES: tuple[Route, ...] = tuple(candidate for candidate in _routes() if _is_read(candidate))
+ROUTES: tuple[Route, ...] = tuple(_routes())
 
 REPLIES: frozenset[type[Fact]] = frozenset({ItemKept, QueryAnswered})
 """Sent to the asker's own queue (`reply_to`), not to the exchange; it may be gone, so they are never mandatory."""

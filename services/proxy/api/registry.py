@@ -24,7 +24,7 @@ from services.proxy.settings import Settings
 from services.proxy.store import UPTIME_SLACK_S, Audit, Enrolment, Store
 from shared.addresses import AddressRefused, AddressRules, check_url
 from shared.broker import Publisher
-from shared.facts import WorkspaceHeartbeat
+from shared.facts import Acknowledged, WorkspaceHeartbeat
 from shared.telemetry import log
 
 HEARTBEAT_BYTES_MAX = 1 << 16
@@ -103,7 +103,9 @@ class Registrar:
             progress=beat.progress,
             uptime_s=beat.uptime_seconds,
             runtime_state=display(beat.runtime_state) if beat.runtime_state else None,
-            acknowledged=[each.id for each in beat.acknowledged],
+            acknowledged=[
+                Acknowledged(directive_id=each.id, result=display(each.result)) for each in beat.acknowledged
+            ],
         )
         use.hear_heartbeat(fact)
         self._publisher.post(fact)

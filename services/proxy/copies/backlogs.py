@@ -25,7 +25,8 @@ class View:
     rev: int = 0
     at: float = 0.0
     waiting: int = 0
-    gate_closed: bool = False
+    gate_until: float | None = None
+    """Until when no forward may begin, whatever else is heard."""
     gate_generation: int = 0
     not_before: float | None = None
     running: tuple[Running, ...] = ()
@@ -102,7 +103,7 @@ class Backlogs:
             rev=rev,
             at=at,
             waiting=said.waiting,
-            gate_closed=said.gate_closed,
+            gate_until=said.gate_until.timestamp() if said.gate_until else None,
             gate_generation=said.gate_generation,
             not_before=said.not_before.timestamp() if said.not_before else None,
             running=tuple(said.running),
@@ -114,4 +115,4 @@ class Backlogs:
 
 
 def _says_something(view: View) -> bool:
-    return bool(view.waiting or view.running or view.gate_closed or view.not_before)
+    return bool(view.waiting or view.running or view.gate_until or view.not_before)
