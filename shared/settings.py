@@ -60,6 +60,9 @@ class SharedSettings(BaseModel):
     """The operator's bearer token: it has every right. Read by the proxy."""
     delivery_secret: SecretStr | None = None
     """What the token that we show to an agent is derived from. Read by whoever talks to agents: proxy and queue."""
+    session_ceiling_s: float = Field(default=1800.0, ge=0)
+    """How long a session may last where neither its workspace nor its schedule says otherwise; 0: for ever. Read by the
+    scheduler, which ends it, and by the queue, which does not wait for its answer for ever."""
     allow_loopback: bool = False
     """Whether an agent's URL may point to this very machine. The local stack sets it; a real one must not."""
     replica_id: str = Field(default_factory=lambda: f"{socket.gethostname()[:40]}-{uuid7().hex[-12:]}")

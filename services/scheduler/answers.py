@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 
-from services.scheduler import decide, forms, store
+from services.scheduler import decide, forms, sessions, store
 from services.scheduler import verbs as commands
 from services.scheduler.cron import CronError, describe, rule, upcoming
 from services.scheduler.metrics import COMMANDS
@@ -20,7 +20,7 @@ from services.scheduler.shapes import UNKNOWN, Answer, Refused, iso, problem, sh
 from services.scheduler.store import SQL
 from shared.broker import Publisher
 from shared.database import Connection
-from shared.facts import QueryAnswered, ScheduleQuery
+from shared.facts import Fact, QueryAnswered, ScheduleQuery
 from shared.intake import Tell
 
 _PAGE_MAX = 100
@@ -38,6 +38,8 @@ class Answers:
     publisher: Publisher
     wake: Callable[[], None]
     """Wakes the loop that fires: a schedule may have got an earlier moment."""
+    step: Callable[[], None] = lambda: None
+    """Wakes the loop of sessions."""
 
     async def query(self, connection: Connection, facts: Sequence[ScheduleQuery]) -> Tell:
         """Answer each question; what came too late is refused, so that a command is never a surprise."""
@@ -48,7 +50,8 @@ class Answers:
             connection, {each.workspace_id for each in wanted if each.verb == "create"}
         )
         await store.lock(connection, [each.schedule_id for each in wanted if each.schedule_id is not None])
-        answered = [(fact, *await self._answer(connection, fact, removed)) for fact in facts]
+        told: list[Fact] = []
+        answered = [(fact, *await self._answer(connection, fact, removed, told)) for fact in facts]
 
         def tell() -> None:
             for fact, status, body in answered:
@@ -57,17 +60,28 @@ class Answers:
                     body=json.dumps(body).encode(),
                 )  # fmt: skip
                 self.publisher.post(reply, to=fact.reply_to)
-                if fact.verb in commands.COMMANDS:
+                if fact.verb in commands.COMMANDS | sessions.VERBS:
                     COMMANDS.labels(fact.verb, str(status)).inc()
             if wanted:
                 self.wake()
+            if told:
+                sessions.post(self.publisher, told)
+                self.step()
 
         return tell
 
-    async def _answer(self, connection: Connection, fact: ScheduleQuery, removed: Mapping[str, bool]) -> Answer:
+    async def _answer(
+        self, connection: Connection, fact: ScheduleQuery, removed: Mapping[str, bool], told: list[Fact]
+    ) -> Answer:
         if fact.expires_at < datetime.now(UTC):
             words = "The request came after its own deadline; nothing was done. Send it again."
             return 408, problem("too_late", words)
+        if fact.verb == "sessions":
+            return await sessions.show(connection, fact, self.settings)
+        if fact.verb in sessions.VERBS:
+            answer, facts = await sessions.command(connection, fact, self.settings)
+            told += facts
+            return answer
         if fact.verb not in commands.COMMANDS:
             return await _QUESTIONS[fact.verb](connection, fact)
         rows = await store.lock(connection, [fact.schedule_id] if fact.schedule_id is not None else [])

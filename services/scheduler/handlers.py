@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,7 @@ from services.scheduler.cron import CronError
 from services.scheduler.decide import OUTCOMES
 from services.scheduler.metrics import FIRES, STALE
 from services.scheduler.rules import rule_of
-from services.scheduler.store import SQL
+from services.scheduler.store import SQL, Told
 from shared.database import Connection
 from shared.facts import TickSettled, WorkspaceRegistered, WorkspaceRemoved
 from shared.intake import Tell
@@ -28,14 +28,26 @@ class Handlers:
     """The handlers, bound to what they tell."""
 
     wake: Callable[[], None]
+    """Wakes the loop that fires."""
+    step: Callable[[], None]
+    """Wakes the loop of sessions."""
 
-    async def registered(self, connection: Connection, facts: Sequence[WorkspaceRegistered]) -> None:
-        """Remember that the workspace is there (WorkspaceRegistered and WorkspaceChanged)."""
-        await store.hear_workspaces(connection, _newest(facts, removed=False))
+    async def registered(self, connection: Connection, facts: Sequence[WorkspaceRegistered]) -> Tell:
+        """Remember what the workspace allows (WorkspaceRegistered and WorkspaceChanged), also of what runs."""
+        newest: dict[str, WorkspaceRegistered] = {}
+        for fact in sorted(facts, key=lambda fact: fact.rev):
+            newest[fact.workspace_id] = fact
+        told = {
+            name: Told(fact.rev, incarnation=fact.incarnation, settings=fact.settings) for name, fact in newest.items()
+        }
+        names, _ = await store.hear_workspaces(connection, told)
+        await connection.execute(SQL["look_at_sessions_of"], names)
+        return self.step
 
     async def removed(self, connection: Connection, facts: Sequence[WorkspaceRemoved]) -> Tell:
         """Delete the schedules of workspaces that are gone (A-S-11); what waits of them is withdrawn by the queue."""
-        gone = await store.hear_workspaces(connection, _newest(facts, removed=True))
+        told = {fact.workspace_id: Told(fact.rev, removed=True) for fact in sorted(facts, key=lambda fact: fact.rev)}
+        _, gone = await store.hear_workspaces(connection, told)
         rows = await store.delete_of(connection, gone)
         await store.tell_changed(connection, rows)
         return lambda: log.info("schedules_deleted", workspaces=len(gone), schedules=len(rows))
@@ -109,13 +121,3 @@ async def _revive(connection: Connection, schedule_id: UUID) -> None:
         return  # it was fired once, so its zone is gone: an edit will say so
     if moment is not None:
         await connection.execute(SQL["revive_schedule"], schedule_id, moment, store.due_at(schedule, moment))
-
-
-def _newest(
-    facts: Sequence[WorkspaceRegistered] | Sequence[WorkspaceRemoved], *, removed: bool
-) -> Mapping[str, tuple[int, bool]]:
-    """The newest word about each workspace."""
-    news: dict[str, tuple[int, bool]] = {}
-    for fact in facts:
-        news[fact.workspace_id] = max(news.get(fact.workspace_id, (0, removed)), (fact.rev, removed))
-    return news

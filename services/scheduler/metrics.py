@@ -23,3 +23,19 @@ COMMANDS = Counter("bide_scheduler_commands_total", "Commands about schedules by
 
 for outcome in OUTCOMES:
     FIRES.labels(outcome)
+
+OPEN = Gauge(
+    "bide_scheduler_sessions", "Sessions that are known to run, by state; every replica tells the same", ["state"]
+)
+STEPS = Counter("bide_scheduler_session_steps_total", "Steps of sessions towards their end", ["step"])
+DIRECTIVES = Counter("bide_scheduler_directives_total", "Directives that were said, repeats too", ["kind", "reason"])
+KILLS = Counter("bide_scheduler_kills_total", "Orders to kill that were answered", ["result"])
+UNENFORCEABLE = Gauge(
+    "bide_scheduler_unenforceable",
+    "Sessions over their ceiling whose container nobody can end; every replica tells the same",
+)
+
+for step in ("checkpoint_sent", "stop_sent", "kill_ordered", "ended"):
+    STEPS.labels(step)
+for result in ("applied", "stale", "already_ended", "not_killable"):
+    KILLS.labels(result)

@@ -97,9 +97,12 @@ RETURNING *
 
 -- name: hear_workspaces
 -- Sorted by the caller. Returns those of whom this is news.
-INSERT INTO workspaces AS w (workspace_id, rev, removed)
-SELECT * FROM unnest($1::text[], $2::bigint[], $3::bool[])
-ON CONFLICT (workspace_id) DO UPDATE SET rev = excluded.rev, removed = excluded.removed WHERE w.rev < excluded.rev
+INSERT INTO workspaces AS w (workspace_id, rev, removed, incarnation, settings)
+SELECT * FROM unnest($1::text[], $2::bigint[], $3::bool[], $4::bigint[], $5::jsonb[])
+ON CONFLICT (workspace_id) DO UPDATE
+  SET rev = excluded.rev, removed = excluded.removed, incarnation = greatest(w.incarnation, excluded.incarnation),
+      settings = excluded.settings
+  WHERE w.rev < excluded.rev
 RETURNING workspace_id, removed
 
 -- name: ensure_workspaces
@@ -186,3 +189,109 @@ WITH old AS (
   SELECT schedule_id, fire_at FROM fires WHERE settled_at < coalesce($1::timestamptz, now()) - make_interval(days => $2)
   ORDER BY schedule_id, fire_at LIMIT $3 FOR UPDATE SKIP LOCKED)
 DELETE FROM fires f USING old WHERE f.schedule_id = old.schedule_id AND f.fire_at = old.fire_at
+
+-- name: take_snapshot
+-- One replica takes in each snapshot, and none an older one than was taken in.
+UPDATE last_snapshot SET at = $1 WHERE at < $1 RETURNING at
+
+-- name: open_sessions
+SELECT * FROM sessions WHERE ended_at IS NULL ORDER BY session_id
+
+-- name: sessions_of
+SELECT * FROM sessions WHERE ended_at IS NULL AND workspace_id = ANY($1::text[]) ORDER BY session_id
+
+-- name: lock_sessions_of
+SELECT * FROM sessions WHERE ended_at IS NULL AND workspace_id = ANY($1::text[]) ORDER BY session_id FOR NO KEY UPDATE
+
+-- name: lock_sessions
+SELECT * FROM sessions WHERE ended_at IS NULL AND session_id = ANY($1::text[]) ORDER BY session_id FOR NO KEY UPDATE
+
+-- name: claim_sessions
+-- What another replica holds is left to it.
+SELECT s.*, coalesce($1, clock_timestamp()) AS clock FROM sessions s
+WHERE s.due_at <= coalesce($1, clock_timestamp())
+ORDER BY s.due_at LIMIT $2
+FOR NO KEY UPDATE SKIP LOCKED
+
+-- name: next_session_in
+SELECT extract(epoch FROM min(due_at) - coalesce($1::timestamptz, clock_timestamp()))::float8 FROM sessions
+WHERE due_at IS NOT NULL
+
+-- name: insert_sessions
+-- One that was gone and is there again goes on where it was.
+INSERT INTO sessions (session_id, workspace_id, kind, incarnation, schedule_id, ceiling_s, started_at, state, noted_at, due_at)
+SELECT n.*, 'running', $8, $8
+FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::uuid[], $6::float8[], $7::timestamptz[])
+  AS n (session_id, workspace_id, kind, incarnation, schedule_id, ceiling_s, started_at)
+ORDER BY n.session_id
+ON CONFLICT (session_id) DO UPDATE
+  SET ended_at = NULL, end_reason = NULL, noted_at = excluded.noted_at, due_at = excluded.due_at, rev = sessions.rev + 1
+  WHERE sessions.end_reason = 'gone'
+
+-- name: forget_idle_sessions
+DELETE FROM sessions WHERE session_id = ANY($1::text[]) AND state = 'running' AND asks = '[]' AND ended_at IS NULL
+
+-- name: end_sessions
+WITH mine AS (
+  SELECT session_id FROM sessions WHERE session_id = ANY($1::text[]) AND ended_at IS NULL
+  ORDER BY session_id FOR NO KEY UPDATE)
+UPDATE sessions s SET ended_at = coalesce($3, now()), end_reason = $2, due_at = NULL, rev = s.rev + 1
+FROM mine WHERE s.session_id = mine.session_id
+RETURNING s.*
+
+-- name: save_sessions
+UPDATE sessions s SET
+  state = n.state, deadline_at = n.deadline_at, stop_reason = n.stop_reason, said_at = n.said_at,
+  gate_said_at = n.gate_said_at, asks = n.asks, orders = n.orders, unenforceable = n.unenforceable, due_at = n.due_at,
+  rev = n.rev
+FROM jsonb_to_recordset($1::jsonb) AS n(
+  session_id text, state text, deadline_at timestamptz, stop_reason text, said_at timestamptz, gate_said_at timestamptz,
+  asks jsonb, orders int, unenforceable boolean, due_at timestamptz, rev bigint)
+WHERE s.session_id = n.session_id AND s.ended_at IS NULL
+
+-- name: hear_closings
+-- The newest word of the gate; it may be what a kill waits for.
+UPDATE sessions s SET closing = n.closing, due_at = least(s.due_at, now()), rev = s.rev + 1
+FROM unnest($1::text[], $2::jsonb[]) AS n (session_id, closing)
+WHERE s.session_id = n.session_id AND s.ended_at IS NULL
+  AND (s.closing IS NULL OR (s.closing->>'at')::timestamptz < (n.closing->>'at')::timestamptz)
+
+-- name: read_rules
+SELECT workspace_id, settings, incarnation FROM workspaces WHERE workspace_id = ANY($1::text[])
+
+-- name: look_at_sessions_of
+-- What these workspaces allow has changed.
+UPDATE sessions SET due_at = now() WHERE ended_at IS NULL AND workspace_id = ANY($1::text[])
+
+-- name: read_activities
+SELECT * FROM activities ORDER BY workspace_id
+
+-- name: save_activities
+INSERT INTO activities (workspace_id, incarnation, beats, nones, beat_at, since, number)
+SELECT * FROM unnest($1::text[], $2::bigint[], $3::int[], $4::int[], $5::timestamptz[], $6::timestamptz[], $7::int[])
+ON CONFLICT (workspace_id) DO UPDATE
+  SET incarnation = excluded.incarnation, beats = excluded.beats, nones = excluded.nones, beat_at = excluded.beat_at,
+      since = excluded.since, number = excluded.number
+
+-- name: open_fires
+-- Fires on their way, in these workspaces, with the rules of their schedules; without the prompts.
+SELECT f.fire_at, f.queue_id, s.schedule_id, s.workspace_id, s.name, s.cron, s.every_s, s.at, s.timezone, s.anchor_at,
+       '' AS prompt, s.context, s.overlap, s.priority, s.catchup_window_s, s.jitter_s, s.ceiling_s, s.ends_at,
+       s.remaining_runs, s.paused, s.pause_note, s.paused_by_error, s.next_fire_at, s.rev
+FROM schedules s JOIN fires f ON f.schedule_id = s.schedule_id AND f.outcome IS NULL
+WHERE s.workspace_id = ANY($1::text[]) AND s.deleted_at IS NULL
+ORDER BY f.fire_at LIMIT 1000
+
+-- name: bouncing_schedules
+SELECT workspace_id, schedule_id, name, bounces, next_fire_at FROM schedules
+WHERE deleted_at IS NULL AND ($1::text[] IS NULL OR workspace_id = ANY($1::text[]))
+ORDER BY workspace_id, bounces DESC, name LIMIT $2
+
+-- name: measure_sessions
+SELECT state, unenforceable, count(*) AS sessions FROM sessions WHERE ended_at IS NULL GROUP BY 1, 2
+
+-- name: forget_sessions
+WITH old AS (
+  SELECT session_id FROM sessions WHERE ended_at < coalesce($1::timestamptz, now()) - make_interval(days => $2)
+  ORDER BY session_id LIMIT $3 FOR UPDATE SKIP LOCKED)
+DELETE FROM sessions s USING old WHERE s.session_id = old.session_id

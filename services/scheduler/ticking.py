@@ -82,7 +82,10 @@ class Ticking:
     async def forget(self, now: datetime | None = None) -> float:
         """Delete a batch of fires that ended, and of schedules that were deleted, long ago."""
         about = (now, self._settings.retention_days, _FORGET_ROWS)
-        done = {await self._pool.execute(SQL[name], *about) for name in ("forget_schedules", "forget_fires")}
+        done = {
+            await self._pool.execute(SQL[name], *about)
+            for name in ("forget_schedules", "forget_fires", "forget_sessions")
+        }
         return 0.0 if f"DELETE {_FORGET_ROWS}" in done else 3600.0
 
     async def _fire(self, connection: Connection, *, now: datetime | None) -> _Fired:

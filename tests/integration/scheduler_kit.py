@@ -32,7 +32,7 @@ from shared.facts import Fact, FactT, QueryAnswered, ScheduleChanged, ScheduleQu
 from shared.intake import Tell
 from tests.conftest import Stack
 
-TABLES = "schedules, fires, audit, workspaces, outbox, inbox, dead_letters"
+TABLES = "schedules, fires, audit, workspaces, sessions, activities, outbox, inbox, dead_letters"
 T0 = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
 
@@ -92,7 +92,7 @@ class Calendar:
         self.pool = pool
         self.woken = 0
         self.ticking = Ticking(settings, pool, told=lambda: None)
-        self.handlers = Handlers(self._wake)
+        self.handlers = Handlers(self._wake, self._wake)
         self._said: list[QueryAnswered] = []
         self._answers = Answers(settings, self, self._wake)  # type: ignore[arg-type]
 

@@ -17,7 +17,7 @@ CRON_IN_WORDS = "services.scheduler.cron.words"
 
 # Room of a service → the rooms of the same service that it may import. __main__ may import all of them.
 ROOMS: dict[str, set[str]] = {
-    "settings": set(),
+    "settings": {"decide"},
     "metrics": {"decide"},
     "decide": set(),
     "cron": set(),
@@ -39,11 +39,12 @@ ROOMS: dict[str, set[str]] = {
     "rules": {"cron", "decide"},
     "forms": {"decide", "shapes"},
     "shapes": {"decide"},
+    "sessions": {"store", "decide", "cron", "rules", "metrics", "settings", "shapes"},
     "ticking": {"store", "decide", "rules", "metrics", "settings"},
     "verbs": {"store", "decide", "items", "loops", "cron", "rules", "forms", "shapes"},
     "answers": {
         "store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters", "cron", "rules", "forms",
-        "shapes", "metrics", "settings",
+        "shapes", "sessions", "metrics", "settings",
     },
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }  # fmt: skip

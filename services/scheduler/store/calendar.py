@@ -1,23 +1,23 @@
-"""The only SQL of scheduler: rows of schedules and fires, in and out as values, in the caller's transaction."""
+"""Rows of schedules and fires, in and out as values, in the caller's transaction."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import asyncpg
 
 from services.scheduler.decide import Outcome, Schedule, Several, bounced, offset
+from services.scheduler.store.statements import SQL, turned
 from shared import outbox
-from shared.database import Connection, load_queries
+from shared.database import Connection
 from shared.facts import Priority, ScheduleChanged, TickSettled
 
-SQL = load_queries(Path(__file__).parent / "queries.sql")
-_COLUMNS = tuple(field.name for field in fields(Schedule))
+_COLUMNS = tuple(each.name for each in fields(Schedule))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ async def insert_fires(connection: Connection, fires: Sequence[Fire]) -> set[tup
         )
         for fire in fires
     )  # fmt: skip
-    written = await connection.fetch(SQL["insert_fires"], *_turned(rows))
+    written = await connection.fetch(SQL["insert_fires"], *turned(rows))
     return {(row["schedule_id"], row["fire_at"]) for row in written}
 
 
@@ -88,7 +88,7 @@ async def advance(connection: Connection, advances: Sequence[Advance]) -> None:
         )
         for each in advances
     )  # fmt: skip
-    result = await connection.execute(SQL["advance_schedules"], *_turned(rows))
+    result = await connection.execute(SQL["advance_schedules"], *turned(rows))
     assert result == f"UPDATE {len(advances)}", "a row that we hold has moved"
 
 
@@ -136,11 +136,25 @@ def _values(schedule: Schedule) -> list[Any]:
     return [getattr(schedule, name) for name in _COLUMNS] + [due_at(schedule, schedule.next_fire_at)]
 
 
-async def hear_workspaces(connection: Connection, news: Mapping[str, tuple[int, bool]]) -> list[str]:
-    """Take over `{workspace_id: (rev, removed)}`; return those that are removed and were not, in order."""
-    rows = sorted((name, rev, removed) for name, (rev, removed) in news.items())
-    heard = await connection.fetch(SQL["hear_workspaces"], *_turned(rows))
-    return sorted(row["workspace_id"] for row in heard if row["removed"])
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The registry's word about a workspace."""
+
+    rev: int
+    removed: bool = False
+    incarnation: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+async def hear_workspaces(connection: Connection, news: Mapping[str, Told]) -> tuple[list[str], list[str]]:
+    """Take over what is newer; return the workspaces of which it is news, and of them those that are removed."""
+    rows = (
+        (name, told.rev, told.removed, told.incarnation, json.dumps(told.settings))
+        for name, told in sorted(news.items())
+    )
+    heard = await connection.fetch(SQL["hear_workspaces"], *turned(rows))
+    names = sorted(row["workspace_id"] for row in heard)
+    return names, sorted(row["workspace_id"] for row in heard if row["removed"])
 
 
 async def delete_of(connection: Connection, workspace_ids: Sequence[str]) -> list[asyncpg.Record]:
@@ -164,7 +178,7 @@ async def settle_fires(connection: Connection, facts: Sequence[TickSettled]) -> 
         (fact.schedule_id, fact.fire_at, fact.outcome, fact.reason, fact.merged_into, fact.began_at)
         for fact in sorted(facts, key=lambda fact: (fact.schedule_id, fact.fire_at))
     )
-    return await connection.fetch(SQL["settle_fires"], *_turned(rows))
+    return await connection.fetch(SQL["settle_fires"], *turned(rows))
 
 
 async def bounce_fires(connection: Connection, ended: Sequence[asyncpg.Record]) -> list[tuple[UUID, datetime]]:
@@ -176,15 +190,11 @@ async def bounce_fires(connection: Connection, ended: Sequence[asyncpg.Record]) 
     }
     if not keys:
         return []
-    rows = await connection.fetch(SQL["bounce_fires"], *_turned(sorted(keys)))
+    rows = await connection.fetch(SQL["bounce_fires"], *turned(sorted(keys)))
     return [(row["schedule_id"], row["fire_at"]) for row in rows]
 
 
 async def settle_schedules(connection: Connection, tallies: Sequence[tuple[Any, ...]]) -> None:
     """Add to the counters of schedules that the caller holds; columns as in the statement."""
     if tallies:
-        await connection.execute(SQL["settle_schedules"], *_turned(tallies))
-
-
-def _turned(rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
-    return [list(column) for column in zip(*rows, strict=True)]
+        await connection.execute(SQL["settle_schedules"], *turned(tallies))

@@ -1,0 +1,301 @@
+"""The loop of sessions: takes in the queue's newest snapshot, takes the steps that are due, sleeps until the next.
+
+Every replica turns it and no one leads: a snapshot is taken in by one of them, a session is stepped by whoever holds
+its row. What a step says is said after its commit and again by a later step, so a replica that dies in between repeats
+nothing and loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+
+from services.scheduler import decide, store
+from services.scheduler.cron import CronError
+from services.scheduler.decide import Activity, Began, Closing, Rules, Seen, Session, State, Waiting
+from services.scheduler.metrics import KILLS, OPEN, UNENFORCEABLE
+from services.scheduler.rules import rule_of
+from services.scheduler.sessions import telling
+from services.scheduler.settings import Settings
+from services.scheduler.store import SQL, OpenFire
+from shared.broker import Publisher
+from shared.database import Connection, Pool, transact
+from shared.facts import BacklogSnapshot, Fact, GateClosed, KillDone, NamedBacklog, Running
+from shared.intake import Tell
+from shared.loops import Loop
+from shared.snapshots import Assembly
+from shared.telemetry import log
+
+_BATCH = 200
+_MEASURE_S = 5.0
+_HELD_ELSEWHERE_S = 0.05
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What a transaction did; told once it has committed."""
+
+    told: list[Fact] = field(default_factory=list)
+    stepped: list[tuple[Session, Session]] = field(default_factory=list)
+    ended: list[tuple[Session, str]] = field(default_factory=list)
+    more: bool = False
+
+
+class Sessions:
+    """`loop` steps; the handlers are those of the facts about sessions. `told` is called after a kill was ordered."""
+
+    def __init__(self, settings: Settings, pool: Pool, publisher: Publisher, *, told: Callable[[], None]) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._publisher = publisher
+        self._told = told
+        self._assembly = Assembly()
+        self._newest: list[BacklogSnapshot] = []
+        self.loop = Loop("sessions", self.run_once)
+
+    # ── what comes over the bus ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def snapshots(self, facts: Sequence[BacklogSnapshot]) -> None:
+        """Keep the newest snapshot that is complete; the loop takes it in."""
+        for fact in facts:
+            parts = self._assembly.add(fact)
+            if parts is not None:
+                self._newest = parts
+                self.loop.wake()
+
+    async def gates_closed(self, connection: Connection, facts: Sequence[GateClosed]) -> Tell:
+        """Remember what the gate says: a kill may wait for it."""
+        newest: dict[str, GateClosed] = {}
+        for fact in sorted(facts, key=lambda fact: fact.occurred_at):
+            newest[fact.session_id] = fact
+        await store.hear_closings(connection, {name: _closing(fact) for name, fact in newest.items()})
+        return self.loop.wake
+
+    async def kills_done(self, connection: Connection, facts: Sequence[KillDone]) -> Tell:
+        """End the sessions whose containers are gone; those that nobody can end are marked."""
+        results = {fact.session_id: fact for fact in facts}
+        turn, now = _Turn(), await store.clock(connection)
+        refused = [name for name, fact in results.items() if fact.result == "not_killable"]
+        marked = [decide.kill_refused(each) for each in await store.lock_sessions(connection, refused)]
+        await store.save_sessions(connection, [(decide.revised(each), now) for each in marked])
+        for name in sorted(results.keys() - set(refused)):
+            await _end(connection, [name], f"kill_{results[name].result}", now, turn)
+
+        def tell() -> None:
+            for fact in results.values():
+                KILLS.labels(fact.result).inc()
+            for each in marked:
+                log.error("ceiling_unenforceable", workspace_id=each.workspace_id, session_id=each.session_id)
+            self._tell(turn)
+            self.loop.wake()
+
+        return tell
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run_once(self, now: datetime | None = None) -> float:
+        """Take in a snapshot, if there is a new one, and one batch of steps; return the seconds until the next."""
+        parts, self._newest = self._newest, []
+        if parts:
+            try:
+                self._tell(await transact(self._pool, partial(self._take_in, parts)))
+            except BaseException:
+                self._newest = self._newest or parts
+                raise
+        turn = await transact(self._pool, partial(self._step, now=now))
+        self._tell(turn)
+        if turn.more:
+            return 0.0
+        until_s: float | None = await self._pool.fetchval(SQL["next_session_in"], now)
+        if until_s is None:
+            return self._settings.look_s
+        return min(max(until_s, _HELD_ELSEWHERE_S if until_s <= 0 else 0.001), self._settings.look_s)
+
+    async def measure(self) -> float:
+        counts: dict[str, int] = dict.fromkeys((state.value for state in State), 0)
+        unenforceable = 0
+        for row in await self._pool.fetch(SQL["measure_sessions"]):
+            counts[row["state"]] += row["sessions"]
+            unenforceable += row["sessions"] if row["unenforceable"] else 0
+        for state, count in counts.items():
+            OPEN.labels(state).set(count)
+        UNENFORCEABLE.set(unenforceable)
+        return _MEASURE_S
+
+    def _tell(self, turn: _Turn) -> None:
+        for before, after in turn.stepped:
+            telling.note_step(before, after)
+            if after.state is State.KILL_ORDERED and after.orders != before.orders:
+                self._told()
+        for session, reason in turn.ended:
+            telling.note_end(session, reason)
+        telling.post(self._publisher, turn.told)
+
+    async def _step(self, connection: Connection, *, now: datetime | None) -> _Turn:
+        turn = _Turn()
+        claimed, moment = await store.claim_sessions(connection, _BATCH, now)
+        if not claimed:
+            return turn
+        turn.more = len(claimed) == _BATCH
+        names = sorted({each.workspace_id for each in claimed})
+        rules = await store.read_rules(connection, names, self._settings.rules)
+        around = _by_workspace(await store.sessions_of(connection, names))
+        saved: list[tuple[Session, datetime | None]] = []
+        for session in claimed:
+            siblings = [each for each in around[session.workspace_id] if each.session_id != session.session_id]
+            taken = decide.step(
+                session, rules[session.workspace_id], moment, siblings=siblings, pace=self._settings.pace
+            )
+            after = decide.revised(taken.session)
+            saved.append((after, taken.due_at))
+            turn.stepped.append((session, after))
+            turn.told += telling.facts(after, taken.says, moment)
+        await store.save_sessions(connection, saved)
+        turn.told = await telling.order(connection, turn.told)
+        return turn
+
+    # ── snapshots ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _take_in(self, parts: Sequence[BacklogSnapshot], connection: Connection) -> _Turn:
+        """Note what has begun, end what has gone, and ask for room where somebody waits."""
+        turn = _Turn()
+        at = min(part.occurred_at for part in parts)
+        if await connection.fetchval(SQL["take_snapshot"], at) is None:
+            return turn  # a replica was quicker
+        named = {each.workspace_id: each for part in parts for each in part.backlogs}
+        known = await store.open_sessions(connection)
+        lives = await store.incarnations(connection, named.keys() | {each.workspace_id for each in known})
+        for name, each in named.items():
+            lives[name] = max(lives.get(name, 0), each.incarnation)
+        seen = [session for name in sorted(named) for session in _seen(named[name])]
+        news = decide.compare(known, seen, lives, at, note_after_s=self._settings.session_note_s)
+        begun, ended = await self._foreign(connection, named, known, at)
+        await _end(connection, [each.session_id for each in (*news.gone, *ended)], "gone", at, turn)
+        await _end(connection, [each.session_id for each in news.outlived], "new_life", at, turn)
+        await store.begin_sessions(connection, [*news.begun, *begun], at)
+        await self._ask_for_room(connection, named, turn)
+        return turn
+
+    @staticmethod
+    async def _foreign(
+        connection: Connection, named: Mapping[str, NamedBacklog], known: Sequence[Session], at: datetime
+    ) -> tuple[list[Session], list[Session]]:
+        """What has begun and ended of work that nothing explains."""
+        running = {each.workspace_id: each for each in known if each.kind == "foreign"}
+        activities = await store.read_activities(connection)
+        begun: list[Session] = []
+        ended: list[Session] = []
+        changed: list[Activity] = []
+        busy = {name for name, each in named.items() if each.foreign}
+        for name in sorted(busy | {name for name, each in activities.items() if each.beats} | running.keys()):
+            backlog = named.get(name)
+            before = activities.get(name, Activity(name))
+            after, session, is_over = decide.foreign(
+                before, name in running, at=at,
+                count=backlog.foreign if backlog else 0,
+                beat_at=backlog.beat_at if backlog else None,
+                incarnation=backlog.incarnation if backlog else before.incarnation,
+            )  # fmt: skip
+            if after != before:
+                changed.append(after)
+            if session is not None:
+                begun.append(session)
+            if is_over:
+                ended.append(running[name])
+        await store.save_activities(connection, changed)
+        return begun, ended
+
+    async def _ask_for_room(self, connection: Connection, named: Mapping[str, NamedBacklog], turn: _Turn) -> None:
+        """Early requests, where a session runs and somebody waits for it."""
+        running = [each for each in await store.open_sessions(connection) if each.state is State.RUNNING]
+        names = sorted({each.workspace_id for each in running})
+        rules = await store.read_rules(connection, names, self._settings.rules)
+        now = await store.clock(connection)
+        ticks = _ticks(await store.open_fires(connection, names), running) if running else {}
+        asked: dict[str, tuple[Session, tuple[decide.Directive, ...]]] = {}
+        for session in running:
+            after, says = self._early(session, rules[session.workspace_id], now, named, ticks)
+            if says:
+                asked[session.session_id] = (after, says)
+        saved = []
+        for held in await store.lock_sessions(connection, asked):
+            if held.state is not State.RUNNING:
+                continue  # it has taken a step meanwhile
+            after, says = self._early(held, rules[held.workspace_id], now, named, ticks)
+            saved.append((decide.revised(after), now))  # looked at now: its asks are said again in time
+            turn.told += telling.facts(after, says, now)
+        await store.save_sessions(connection, saved)
+
+    @staticmethod
+    def _early(
+        session: Session,
+        rules: Rules,
+        now: datetime,
+        named: Mapping[str, NamedBacklog],
+        ticks: Mapping[str, Sequence[Waiting]],
+    ) -> tuple[Session, tuple[decide.Directive, ...]]:
+        backlog = named.get(session.workspace_id)
+        return decide.early(
+            session, rules, now, ticks=ticks.get(session.workspace_id, ()),
+            critical_since=backlog.critical_waiting_since if backlog else None,
+        )  # fmt: skip
+
+
+async def _end(connection: Connection, session_ids: Sequence[str], reason: str, now: datetime, turn: _Turn) -> None:
+    """End sessions; those whose gate was closed leave it."""
+    for session in await store.end_sessions(connection, session_ids, reason, now):
+        turn.ended.append((session, reason))
+        if session.stop_reason is not None:
+            turn.told += telling.facts(session, [decide.Gate(None)], now)
+
+
+def _by_workspace(sessions: Sequence[Session]) -> dict[str, list[Session]]:
+    found: dict[str, list[Session]] = defaultdict(list)
+    for session in sessions:
+        found[session.workspace_id].append(session)
+    return found
+
+
+def _ticks(fires: Sequence[OpenFire], running: Sequence[Session]) -> dict[str, list[Waiting]]:
+    """The ticks that wait, by workspace: fires on their way that no running session is."""
+    delivered = {each.session_id.partition(":")[0] for each in running if each.kind == "delivery"}
+    found: dict[str, list[Waiting]] = defaultdict(list)
+    for fire in fires:
+        if str(fire.queue_id) not in delivered:
+            about = f"{fire.schedule.schedule_id} {fire.fire_at.isoformat()}"
+            found[fire.schedule.workspace_id].append(Waiting(about, fire.fire_at, _period_s(fire)))
+    return found
+
+
+def _period_s(fire: OpenFire) -> float | None:
+    try:
+        following = rule_of(fire.schedule).next(fire.fire_at)
+    except CronError:
+        return None  # its zone is gone; the calendar says so
+    return (following - fire.fire_at).total_seconds() if following is not None else None
+
+
+def _seen(backlog: NamedBacklog) -> list[Seen]:
+    def of(running: Running, kind: str) -> Seen:
+        return Seen(
+            session_id=running.session_id, kind="delivery" if kind == "delivery" else "forward",
+            workspace_id=backlog.workspace_id, incarnation=backlog.incarnation, started_at=running.started_at,
+            ceiling_s=running.ceiling_s, schedule_id=running.schedule_id,
+        )  # fmt: skip
+
+    return [of(each, "delivery") for each in backlog.running] + [of(each, "forward") for each in backlog.forwards]
+
+
+def _closing(fact: GateClosed) -> Closing:
+    return Closing(
+        generation=fact.generation,
+        at=fact.occurred_at,
+        until=fact.until,
+        in_flight=tuple(Began(each.session_id, each.started_at, each.ceiling_s) for each in fact.in_flight),
+        foreign=fact.foreign,
+        beat_at=fact.beat_at,
+        cadence_s=fact.cadence_s,
+    )

@@ -1,0 +1,105 @@
+"""What people may ask of sessions: what runs, and that it saves or ends now."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from services.scheduler import decide, store
+from services.scheduler.decide import Session, State
+from services.scheduler.sessions import telling
+from services.scheduler.sessions.shapes import shown
+from services.scheduler.settings import Settings
+from services.scheduler.shapes import Answer, iso, problem
+from services.scheduler.store import SQL
+from shared.database import Connection
+from shared.facts import FLEET, Fact, ScheduleQuery
+
+VERBS = frozenset({"checkpoint", "stop"})
+_SCHEDULES_MAX = 1000
+
+_NONE: Answer = (
+    409,
+    problem(
+        "no_session",
+        "No session is known to run here. One is seen some seconds after it began: look again, then repeat this.",
+    ),
+)
+
+
+async def show(connection: Connection, fact: ScheduleQuery, settings: Settings) -> Answer:
+    """What runs in a workspace, or in all of them ("-"), and which schedules bounce."""
+    now = await store.clock(connection)
+    if fact.workspace_id != FLEET:
+        name = fact.workspace_id
+        return 200, (await _shown(connection, [name], await store.sessions_of(connection, [name]), settings, now))[name]
+    sessions = await store.open_sessions(connection)
+    names = sorted({each.workspace_id for each in sessions})
+    return 200, {"workspaces": await _shown(connection, names, sessions, settings, now)}
+
+
+async def _shown(
+    connection: Connection, names: list[str], sessions: list[Session], settings: Settings, now: datetime
+) -> dict[str, Any]:
+    rules = await store.read_rules(connection, names, settings.rules)
+    schedules: dict[str, list[asyncpg.Record]] = defaultdict(list)
+    for row in await connection.fetch(SQL["bouncing_schedules"], names, _SCHEDULES_MAX):
+        schedules[row["workspace_id"]].append(row)
+    found: dict[str, Any] = {}
+    for name in names:
+        mine = sorted((each for each in sessions if each.workspace_id == name), key=lambda each: each.started_at)
+        cards = [shown(each, rules[name], now, [dict(row) for row in schedules[name]]) for each in mine]
+        found[name] = {
+            "session": cards[0] if cards else None,
+            "sessions": cards,
+            "schedules": [
+                {
+                    "schedule_id": str(row["schedule_id"]),
+                    "name": row["name"],
+                    "bounces": row["bounces"],
+                    "next_fire_at": iso(row["next_fire_at"]),
+                }
+                for row in schedules[name]
+            ],
+        }
+    return found
+
+
+async def command(connection: Connection, fact: ScheduleQuery, settings: Settings) -> tuple[Answer, list[Fact]]:
+    """Ask all sessions of a workspace to save, or to end as at their ceiling; with what is told after the commit.
+
+    Said twice it is done once: a stop is not begun anew, and a checkpoint is known by its question.
+    """
+    name = fact.workspace_id
+    sessions = await store.lock_sessions_of(connection, [name])
+    if not sessions:
+        return _NONE, []
+    now = await store.clock(connection)
+    rules = (await store.read_rules(connection, [name], settings.rules))[name]
+    told: list[Fact] = []
+    saved: list[tuple[Session, datetime | None]] = []
+    for session in sessions:
+        if fact.verb == "stop" and session.state in {State.RUNNING, State.CHECKPOINT_SENT}:
+            taken = decide.stop(session, rules, now, "operator", settings.pace)
+        elif fact.verb == "checkpoint" and session.state is State.RUNNING and not _was_asked(session, fact):
+            taken = decide.ask_by_hand(session, rules, now, str(fact.query_id), settings.pace)
+        else:
+            continue
+        after = decide.revised(taken.session)
+        saved.append((after, taken.due_at))
+        told += telling.facts(after, taken.says, now)
+        telling.note_step(session, after)
+    await store.save_sessions(connection, saved)
+    if saved:
+        await connection.execute(
+            SQL["insert_audit"], fact.query_id, fact.by, f"session_{fact.verb}", name, None, 0, None
+        )
+    mine = await store.sessions_of(connection, [name])
+    return (200, {"sessions": [shown(each, rules, now) for each in mine]}), told
+
+
+def _was_asked(session: Session, fact: ScheduleQuery) -> bool:
+    return any(ask.about == str(fact.query_id) for ask in session.asks)
