@@ -1,4 +1,4 @@
-"""`python -m bide_agent`: one agent as a process of its own, until SIGTERM or SIGINT.
+"""`python -m bide_agent`: one agent as a process of its own, until SIGTERM (unless it ignores that) or SIGINT.
 
 Prints one JSON line to stdout when it serves, `{"workspace": …, "url": …, "boot_id": …}`, and speaks on stderr.
 """
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bide_agent.agent import running
+from bide_agent.agent import Agent, running
 from bide_agent.behaviour import Behaviour, BehaviourError, parse
 from bide_agent.options import Options
 
@@ -36,14 +36,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def _run(options: Options) -> None:
     stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
     async with running(options) as agent:
+        loop.add_signal_handler(signal.SIGTERM, _terminate, agent, stop)
         sys.stdout.write(
             json.dumps({"workspace": options.workspace, "url": agent.url, "boot_id": agent.boot_id}) + "\n"
         )
         sys.stdout.flush()
         await stop.wait()
+
+
+def _terminate(agent: Agent, stop: asyncio.Event) -> None:
+    if agent.behaviour.sigterm == "obey":
+        stop.set()
+    else:
+        logging.getLogger("bide_agent").warning("sigterm_ignored workspace=%s", agent.workspace)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from bide_agent.behaviour import Behaviour
+from bide_agent.directives import Directives
 from bide_agent.door import Door
 from bide_agent.heart import Heart
 from bide_agent.messages import Messages
@@ -20,8 +21,9 @@ from bide_agent.state import State
 class Agent:
     """A running agent, seen from outside."""
 
-    def __init__(self, state: State, heart: Heart | None) -> None:
+    def __init__(self, state: State, heart: Heart | None, directives: Directives) -> None:
         self._state = state
+        self._directives = directives
         self._heart = heart
 
     @property
@@ -68,8 +70,14 @@ class Agent:
         return self._heart.beats if self._heart else 0
 
     @property
+    def sessions(self) -> Sequence[str]:
+        """The ids under which Bide knows the turns that run (`X-Bide-Session`), oldest first."""
+        return self._state.turns.session_ids
+
+    @property
     def directives(self) -> Sequence[dict[str, Any]]:
-        return list(self._heart.directives) if self._heart else []
+        """Each once, as it came, whether in the reply to a beat or over HTTP."""
+        return list(self._directives.heard)
 
     def behave(self, **changes: Any) -> None:
         """Behave differently from now on (`Behaviour`, and `busy_s`). Raises `BehaviourError`; then nothing changed."""
@@ -104,12 +112,13 @@ async def running(options: Options) -> AsyncIterator[Agent]:
     with listener:
         state = State(options, url=f"http://127.0.0.1:{listener.getsockname()[1]}")
         messages = Messages(state)
-        heart = Heart(state, options.bide) if options.bide else None
+        directives = Directives(state)
+        heart = Heart(state, options.bide, directives) if options.bide else None
         with state.record:
-            async with serving(Door(state, messages), listener):
+            async with serving(Door(state, messages, directives), listener):
                 try:
                     async with _beating(heart):
-                        yield Agent(state, heart)
+                        yield Agent(state, heart, directives)
                 finally:
                     await state.turns.close(options.grace_s)
                     await messages.close()

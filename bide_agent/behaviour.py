@@ -14,6 +14,13 @@ from typing import Any
 
 ALWAYS = -1
 HUGE_MAX = 64 * 1024 * 1024
+WORDS = {
+    "answer": ("message", "task"),
+    "checkpoint": ("obey", "ceiling_only", "ignore"),
+    "stop": ("obey", "ignore"),
+    "sigterm": ("obey", "ignore"),
+}
+"""The behaviours that are one of several words."""
 
 
 class BehaviourError(ValueError):
@@ -68,6 +75,16 @@ class Behaviour:
     """What the busy answer says."""
     dies: bool = False
     """End the process without a word when a message says `die`."""
+    control: bool = True
+    """Declare the capability `control` (told at the next registration) and take directives over HTTP."""
+    checkpoint: str = "obey"
+    """`obey`: end the turn early, but only note `ceiling_near`; `ceiling_only`: note every early request; `ignore`."""
+    save_s: float = 0.05
+    """How long a turn that obeys a checkpoint goes on until its partial answer."""
+    stop: str = "obey"
+    """`obey`: cancel the turn; `ignore`: go on, also when its Task is to be canceled."""
+    sigterm: str = "obey"
+    """`ignore`: a process of its own (`python -m bide_agent`) goes on after a SIGTERM."""
     wrong_token: int = 0
     """401, whatever the caller carries."""
     bare_503: int = 0
@@ -106,8 +123,10 @@ def _fitting(name: str, kind: type, value: Any) -> Any:
         return ALWAYS if value else 0
     if kind is bool and isinstance(value, bool):
         return value
-    if kind is str and value in {"message", "task"}:
-        return value
+    if name in WORDS:
+        if isinstance(value, str) and value in WORDS[name]:
+            return value
+        raise BehaviourError(f"{name} cannot be {value!r}: it is one of {', '.join(WORDS[name])}")
     if kind in {int, float} and not isinstance(value, bool) and isinstance(value, int | float):
         lowest = ALWAYS if kind is int else 0
         highest = HUGE_MAX if name == "huge" else math.inf

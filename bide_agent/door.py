@@ -1,7 +1,8 @@
-"""The agent's routes, and who may pass: callers by the delivery token, control from this machine only.
+"""The agent's routes, and who may pass: Bide by the delivery token, whoever tests the agent from this machine only.
 
-`POST /control/behave` takes changes of `Behaviour` (and `busy_s`) as JSON, `POST /control/beat` makes the heart beat
-now; both answer the behaviour and what is active.
+`POST /control/checkpoint` and `/control/stop` take a directive as JSON: 200 `{"result": …}`, or 409 where the session
+does not run here. `POST /control/behave` takes changes of `Behaviour` (and `busy_s`) as JSON, `POST /control/beat`
+makes the heart beat now; both answer the behaviour and what is active.
 """
 
 from __future__ import annotations
@@ -13,19 +14,23 @@ import json
 from bide_agent import shapes
 from bide_agent.behaviour import BehaviourError, Fate
 from bide_agent.calls import INTERNAL_ERROR, Call, CallError, Verb, read
+from bide_agent.decide import Result
+from bide_agent.directives import Directives
 from bide_agent.messages import Messages
 from bide_agent.record import Received, received
 from bide_agent.server import BODY_MAX, Exchange, TooLargeError, told
 from bide_agent.state import State
 
 CARDS = ("/.well-known/agent-card.json", "/.well-known/agent.json")
+DIRECTIVES = {"/control/checkpoint": "checkpoint", "/control/stop": "stop"}
 
 
 class Door:
     """Every request comes in here."""
 
-    def __init__(self, state: State, messages: Messages) -> None:
+    def __init__(self, state: State, messages: Messages, directives: Directives) -> None:
         self._state = state
+        self._directives = directives
         self._messages = messages
 
     async def __call__(self, exchange: Exchange) -> None:
@@ -41,12 +46,13 @@ class Door:
             case "GET", path if path in CARDS:
                 card = shapes.card(self._state.options.workspace, self._state.url)
                 await exchange.respond(200, json.dumps(card).encode())
+            case "POST", path if path in DIRECTIVES and self._state.behaviour.control:
+                await self._directive(exchange, DIRECTIVES[path])
             case "POST", "/control/behave" | "/control/beat":
                 await self._control(exchange)
             case method, path:
-                detail = (
-                    f"There is no {method} {path} here. Try POST /, {CARDS[0]}, POST /control/behave or /control/beat."
-                )
+                there = f"POST /, {CARDS[0]}, POST {', '.join(DIRECTIVES)}, /control/behave or /control/beat"
+                detail = f"There is no {method} {path} here. Try {there}."
                 await exchange.problem(404, "Not found", detail)
 
     async def _call(self, exchange: Exchange) -> None:
@@ -103,6 +109,25 @@ class Door:
             self._refuse(one, "wrong_token")
         detail = "This agent takes calls from Bide only: Authorization: Bearer and the token it was told."
         await exchange.problem(401, "Unauthorized", detail, www_authenticate="Bearer")
+
+    async def _directive(self, exchange: Exchange, kind: str) -> None:
+        if not self._known(exchange):
+            await self._stranger(exchange, None)
+            return
+        try:
+            directive = {"kind": kind, **told(await exchange.body())}
+        except (ValueError, RecursionError) as error:
+            await exchange.problem(422, "No directive", str(error))
+            return
+        result = self._directives.hear(directive) if directive["kind"] == kind else None
+        if result is None:
+            detail = f"A directive here has an id, which is a string, and its kind is {kind} or left out."
+            await exchange.problem(422, "No directive", detail)
+        elif result is Result.ENDED:
+            detail = "No session of this id runs here: it has ended, or its message has not come yet."
+            await exchange.problem(409, "No such session", detail)
+        else:
+            await exchange.respond(200, json.dumps({"result": result.value}).encode())
 
     async def _control(self, exchange: Exchange) -> None:
         if not exchange.from_loopback:

@@ -1,4 +1,4 @@
-"""The heart of an agent: registers it, beats, and hears the directives in the replies.
+"""The heart of an agent: registers it, beats, and passes on the directives in the replies.
 
 Nothing that Bide answers or fails to answer ends it: a beat that fails is tried again, later each time.
 """
@@ -9,36 +9,33 @@ import asyncio
 import logging
 import random
 import time
-from collections import deque
 from contextlib import suppress
 from typing import Any
 
 from bide_agent import client, shapes
 from bide_agent.client import Reply, UnreachableError
+from bide_agent.decide import Result
+from bide_agent.directives import Directives
 from bide_agent.state import State
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 5.0
-DIRECTIVES_KEPT = 1000
-CAPABILITIES = ("refuses_when_busy",)
 
 log = logging.getLogger("bide_agent")
 _random = random.SystemRandom()
 
 
 class Heart:
-    """Beats on the declared cadence, and at once when `state.wake` is set (a turn ended, a behaviour changed)."""
+    """Beats on the declared cadence, and at once when `state.wake` is set (a turn ended, a directive came)."""
 
-    def __init__(self, state: State, bide: str) -> None:
+    def __init__(self, state: State, bide: str, directives: Directives) -> None:
         self._state = state
+        self._directives = directives
         self._bide = bide.rstrip("/")
         self._failures = 0
-        self._acknowledged: dict[str, str] = {}
-        self._heard: set[str] = set()
         self.registered = asyncio.Event()
         self.incarnation: int | None = None
         self.beats = 0
         """Beats that Bide has taken."""
-        self.directives: deque[dict[str, Any]] = deque(maxlen=DIRECTIVES_KEPT)
 
     async def run(self) -> None:
         """Register, then beat, until canceled."""
@@ -77,7 +74,7 @@ class Heart:
                 "boot_id": state.boot_id,
                 "max_concurrent_tasks": state.turns.max_concurrent,
                 "heartbeat_interval_s": state.options.heartbeat_s,
-                "capabilities": list(CAPABILITIES),
+                "capabilities": _capabilities(control=state.behaviour.control),
             },
         )
         told = reply.json()
@@ -95,21 +92,22 @@ class Heart:
         return True
 
     async def _beat(self) -> bool:
-        acknowledged = dict(self._acknowledged)
+        acknowledged = self._directives.unsaid()
         reply = await self._post("/registry/heartbeat", self._facts(acknowledged))
         if reply.status in {401, 404}:
             self.registered.clear()
         if reply.status != 200:  # noqa: PLR2004 - HTTP
             self._say("heartbeat_refused", status=reply.status, detail=reply.json().get("detail"))
             return False
-        for directive_id in acknowledged:
-            del self._acknowledged[directive_id]
+        self._directives.said(acknowledged)
         self.beats += 1
-        self._hear(reply)
+        directives = reply.json().get("directives")
+        for directive in directives if isinstance(directives, list) else []:
+            self._directives.hear(directive)
         self._state.news.tell()
         return True
 
-    def _facts(self, acknowledged: dict[str, str]) -> dict[str, Any]:
+    def _facts(self, acknowledged: dict[str, Result]) -> dict[str, Any]:
         state = self._state
         return {
             "workspace_id": state.options.workspace,
@@ -118,21 +116,8 @@ class Heart:
             "max_concurrent_tasks": state.turns.max_concurrent,
             "uptime_seconds": round(time.monotonic() - state.started_at, 3),
             "progress": state.turns.progress,
-            "acknowledged": [{"id": one, "result": result} for one, result in acknowledged.items()],
+            "acknowledged": [{"id": one, "result": result.value} for one, result in acknowledged.items()],
         }
-
-    def _hear(self, reply: Reply) -> None:
-        directives = reply.json().get("directives")
-        for directive in directives if isinstance(directives, list) else []:
-            directive_id = directive.get("id") if isinstance(directive, dict) else None
-            if not isinstance(directive_id, str):
-                continue
-            self._acknowledged[directive_id] = "noted"
-            if directive_id not in self._heard:
-                self._heard.add(directive_id)
-                self.directives.append(directive)
-                # Only for a new one: a reply that still repeats an old one would make beat follow beat.
-                self._state.wake.set()
 
     async def _post(self, path: str, body: dict[str, Any]) -> Reply:
         """Post with the token of the day; where it is refused and the file holds another one, once more with that."""
@@ -146,6 +131,10 @@ class Heart:
     def _say(self, event: str, **facts: object) -> None:
         told = " ".join(f"{name}={value!r}" for name, value in facts.items())
         log.warning("%s workspace=%s %s", event, self._state.options.workspace, told)
+
+
+def _capabilities(*, control: bool) -> list[str]:
+    return [*(["control"] if control else []), "refuses_when_busy"]
 
 
 def retry_s(failures: int, cadence_s: float) -> float:

@@ -14,17 +14,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from bide_agent import calls, shapes
-from bide_agent.behaviour import TURN_FATES, Fate
+from bide_agent.behaviour import TURN_FATES, Behaviour, Fate
 from bide_agent.calls import Call, Verb
 from bide_agent.record import Received
 from bide_agent.server import Exchange
 from bide_agent.shapes import Json
 from bide_agent.state import State
-from bide_agent.tasks import Task
-from bide_agent.turns import Turn
+from bide_agent.tasks import Task, TaskState
+from bide_agent.turns import Ending, Turn
 
 DEATH = 70
 """Exit code of an agent that was told to die."""
+PREEMPTED = "preempted: the turn was given up for another one; send it again"
 
 
 class Messages:
@@ -75,7 +76,7 @@ class Messages:
         turns, record = self._state.turns, self._state.record
         outcome = "cut_short"
         try:
-            with turns.begin(advances=fate is not Fate.SILENT) as turn:
+            with turns.begin(session_id=one.session, advances=fate is not Fate.SILENT) as turn:
                 record.begin(one, active=turns.active)
                 yield turn
             outcome = _outcome(turn, fate)
@@ -84,7 +85,7 @@ class Messages:
 
     async def _misbehave(self, exchange: Exchange, call: Call, fate: Fate, turn: Turn, held: ExitStack) -> None:
         if fate is Fate.SILENT:
-            turn.on_cut = exchange.hang_up
+            turn.on_asked = exchange.hang_up
             await exchange.gone()
         held.close()
         match fate:
@@ -98,8 +99,7 @@ class Messages:
                 sentence = "the agent refuses this message; sending it again does not help"
                 await exchange.respond(200, shapes.error(call.request_id, calls.INVALID_PARAMS, sentence))
             case Fate.PREEMPTED:
-                sentence = "preempted: the turn was given up for another one; send it again"
-                await exchange.respond(200, shapes.error(call.request_id, calls.INTERNAL_ERROR, sentence, "preempted"))
+                await exchange.respond(200, _preempted(call))
 
     async def _answer_at_once(self, exchange: Exchange, call: Call, task: Task, held: ExitStack) -> None:
         self._state.tasks.add(task)
@@ -117,7 +117,7 @@ class Messages:
     async def _finish(self, task: Task, work_s: float, held: ExitStack) -> None:
         with held:
             await task.turn.work(work_s)
-            task.end()
+            _end(task)
 
     async def _stream(self, exchange: Exchange, call: Call, task: Task, held: ExitStack, fate: Fate | None) -> None:
         def event(shape: Json) -> bytes:
@@ -128,12 +128,12 @@ class Messages:
         await exchange.begin(200, "text/event-stream", cache_control="no-store")
         await exchange.write(event(shapes.task(call.dialect, task)))
         await task.turn.work(self._state.behaviour.work_s)
-        task.end()
+        _end(task)
         held.close()
         if task.turn.was_cut or fate:
             await exchange.drop()
             return
-        if not task.turn.canceled:
+        if task.state is TaskState.COMPLETED:
             await exchange.write(event(shapes.artifact_update(call.dialect, task)))
         await exchange.write(event(shapes.status_update(call.dialect, task)))
         await exchange.finish()
@@ -145,20 +145,19 @@ class Messages:
         if behaviour.answer == "task":
             self._state.tasks.add(task)
         await task.turn.work(behaviour.work_s)
-        task.end()
+        _end(task)
         held.close()
-        if task.turn.was_cut:
-            await exchange.drop()
-            return
-
-        def whole(text: str) -> bytes:
-            if behaviour.answer == "task":
-                task.text = text
-                return shapes.result(call.request_id, shapes.task(call.dialect, task))
-            said = shapes.message(call.dialect, text=text, context_id=task.context_id, metadata=task.metadata)
-            return shapes.result(call.request_id, said)
-
-        body = shapes.padded(call.text, behaviour.huge, whole)
+        match task.turn.ending:
+            case Ending.CUT:
+                await exchange.drop()
+                return
+            case Ending.GIVEN_BACK:
+                body = _preempted(call)
+            case Ending.CANCELED:
+                # A Message cannot say canceled: whoever waited for one is told of a Task.
+                body = shapes.result(call.request_id, shapes.task(call.dialect, self._state.tasks.add(task)))
+            case _:
+                body = _whole(call, task, behaviour)
         if fate:
             await exchange.begin(200, "application/json", content_length=str(len(body)))
             await exchange.write(body[: len(body) // 2])
@@ -183,6 +182,9 @@ class Messages:
         elif task.ended.is_set():
             sentence = f"The task is {task.state.value}; only a running one can be canceled."
             await exchange.respond(200, shapes.error(call.request_id, calls.TASK_NOT_CANCELABLE, sentence))
+        elif self._state.behaviour.stop == "ignore":
+            sentence = "This agent does not stop what it has begun; the task goes on."
+            await exchange.respond(200, shapes.error(call.request_id, calls.TASK_NOT_CANCELABLE, sentence))
         else:
             task.turn.cancel()
             await task.ended.wait()
@@ -194,13 +196,35 @@ def _no_task(call: Call) -> bytes:
     return shapes.error(call.request_id, calls.TASK_NOT_FOUND, f"There is no task {call.task_id}.")
 
 
+def _preempted(call: Call) -> bytes:
+    return shapes.error(call.request_id, calls.INTERNAL_ERROR, PREEMPTED, "preempted")
+
+
+def _whole(call: Call, task: Task, behaviour: Behaviour) -> bytes:
+    def whole(text: str) -> bytes:
+        if behaviour.answer == "task":
+            task.text = text
+            return shapes.result(call.request_id, shapes.task(call.dialect, task))
+        said = shapes.message(call.dialect, text=text, context_id=task.context_id, metadata=task.metadata)
+        return shapes.result(call.request_id, said)
+
+    return shapes.padded(call.text, behaviour.huge, whole)
+
+
 def _metadata(one: Received) -> Json:
     return {shapes.EXTENSION: {"queue_id": one.queue_id, "delivery": one.delivery}}
 
 
+def _end(task: Task) -> None:
+    """End a Task; one that ended early says so and why. The slot is to be freed in the same step (`Task.end`)."""
+    mark = {Ending.SAVED: "checkpointed", Ending.GIVEN_BACK: "preempted"}.get(task.turn.ending)
+    if mark:
+        said = {**task.metadata[shapes.EXTENSION], mark: True, "reason": task.turn.saved_for}
+        task.metadata = {**task.metadata, shapes.EXTENSION: said}
+    task.end()
+
+
 def _outcome(turn: Turn, fate: Fate | None) -> str:
-    if turn.was_cut:
-        return "cut_short"
-    if turn.canceled:
-        return "canceled"
-    return fate.value if fate else "answered"
+    if fate and turn.ending not in {Ending.CUT, Ending.CANCELED}:
+        return fate.value
+    return turn.ending.value

@@ -2,9 +2,11 @@
 
 One line per event, each written by one `write` to a file opened with O_APPEND, so that several agents may share it:
 
-    begin    a turn began; `active` counts it
-    end      it is over, `ended_at` and `outcome` are set; `active` no longer counts it. A dead agent writes none
-    refused  no turn began; `outcome` says why (busy, bare_503, wrong_token, unreadable)
+    begin      a turn began; `active` counts it
+    end        it is over, `ended_at` and `outcome` are set; `active` no longer counts it. A dead agent writes none
+    refused    no turn began; `outcome` says why (busy, bare_503, wrong_token, unreadable)
+    directive  a directive came for the first time, or its `result` is another one than before: `directive` is its id,
+               and `kind`, `reason`, `session_id`, `deadline` are as it said them. No line of a message
 
 `started_at` and `ended_at` are seconds of the machine's monotonic clock, comparable between processes of one boot. The
 slot is free before the answer leaves, so what one caller sends after an answer never overlaps the turn that gave it.
@@ -49,7 +51,7 @@ class Received:
         short = len(self.body) <= BODY_MAX
         return {
             "event": event,
-            "at": {"monotonic": time.monotonic(), "wall": datetime.now(UTC).isoformat()},
+            "at": _now(),
             "workspace": self.workspace,
             "message_id": self.message_id,
             "queue_id": self.queue_id,
@@ -76,6 +78,10 @@ def received(workspace: str, body: bytes, headers: Mapping[str, str]) -> Receive
         session=headers.get("x-bide-session"),
         hops=_number(headers.get("x-bide-hops")),
     )
+
+
+def _now() -> dict[str, Any]:
+    return {"monotonic": time.monotonic(), "wall": datetime.now(UTC).isoformat()}
 
 
 def _number(value: str | None) -> int | None:
@@ -107,18 +113,23 @@ class Record:
     def begin(self, one: Received, *, active: int) -> None:
         one.started_at, one.active = time.monotonic(), active
         self.begun.append(one)
-        self._write("begin", one)
+        self._write(one.line("begin"))
 
     def end(self, one: Received, *, active: int, outcome: str) -> None:
         one.ended_at, one.active, one.outcome = time.monotonic(), active, outcome
-        self._write("end", one)
+        self._write(one.line("end"))
 
     def refuse(self, one: Received, *, active: int, outcome: str) -> None:
         one.active, one.outcome = active, outcome
         self.refused.append(one)
-        self._write("refused", one)
+        self._write(one.line("refused"))
 
-    def _write(self, event: str, one: Received) -> None:
+    def directive(self, workspace: str, directive: Mapping[str, Any], result: str) -> None:
+        said = {name: directive.get(name) for name in ("kind", "reason", "session_id", "deadline")}
+        named = {"event": "directive", "at": _now(), "workspace": workspace, "directive": directive["id"]}
+        self._write({**named, **said, "result": result})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:
-            os.write(self._file, json.dumps(one.line(event)).encode() + b"\n")
+            os.write(self._file, json.dumps(line).encode() + b"\n")
         self.on_news()

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
-from bide_agent.turns import Turn
+from bide_agent.turns import Ending, Turn
 
 REMEMBERED = 1000
 
@@ -40,7 +40,8 @@ class Task:
 
     def end(self) -> None:
         """Say what became of it. The turn's slot is to be freed in the same step, with no await in between."""
-        self.state = TaskState.CANCELED if self.turn.canceled else TaskState.COMPLETED
+        gave_up = self.turn.ending in {Ending.CANCELED, Ending.GIVEN_BACK}
+        self.state = TaskState.CANCELED if gave_up else TaskState.COMPLETED
         self.changed_at = datetime.now(UTC)
         self.ended.set()
 

@@ -1,4 +1,4 @@
-"""What an agent is doing: its turns, its own foreign work, and the number that heartbeats tell.
+"""What an agent is doing: its turns, its own foreign work, how each ends, and the number that heartbeats tell.
 
 Everything counted here is taken off in a `finally`: a count that leaks would make the agent busy for ever.
 """
@@ -9,37 +9,88 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
+from functools import partial
+
+from bide_agent.decide import gives_back
+
+FOREIGN = "foreign:"
+"""How the id of a session begins that Bide opened for work which none of its messages explains."""
+
+
+class Ending(Enum):
+    """How a turn ends; the values are the outcomes in the record."""
+
+    DONE = "answered"
+    SAVED = "checkpointed"
+    GIVEN_BACK = "preempted"
+    CANCELED = "canceled"
+    CUT = "cut_short"
 
 
 class Turn:
-    """One piece of work. It ends when its holder says so; `cancel` and `cut` only ask."""
+    """One piece of work. It ends when its holder says so; `save`, `cancel` and `cut` only ask.
 
-    def __init__(self, *, advances: bool = True) -> None:
+    One that does not advance hangs, and hears nothing but the cut.
+    """
+
+    def __init__(self, *, session_id: str | None = None, advances: bool = True) -> None:
+        self.session_id = session_id
         self.advances = advances
         self.began_at = time.monotonic()
+        self.saved_for: str | None = None
         self.canceled = False
         self.was_cut = False
-        self.on_cut: Callable[[], None] | None = None
+        self.on_asked: Callable[[], None] | None = None
         self._asked = asyncio.Event()
+        self._saving = False
+
+    @property
+    def ending(self) -> Ending:
+        """How it ends if it ends now: the harshest of what it was asked."""
+        if self.was_cut:
+            return Ending.CUT
+        if self.canceled:
+            return Ending.CANCELED
+        if self.saved_for is None:
+            return Ending.DONE
+        return Ending.GIVEN_BACK if gives_back(self.saved_for) else Ending.SAVED
 
     async def work(self, seconds: float) -> None:
-        """Work for so long, or until the turn is canceled or cut."""
+        """Work for so long, or until the turn is saved, canceled or cut."""
         if seconds <= 0:
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._asked.wait()
 
+    def save(self, reason: str, after_s: float) -> None:
+        """End early in `after_s`; where that was asked before, the first reason and time hold.
+
+        A turn that is done by then was not cut short, and answers as ever.
+        """
+        if self.advances and not self._saving:
+            self._saving = True
+            asyncio.get_running_loop().call_later(after_s, self._saved, reason)
+
     def cancel(self) -> None:
-        self.canceled = True
-        self._asked.set()
+        if self.advances:
+            self.canceled = True
+            self._ask()
 
     def cut(self) -> None:
         """The agent ends: no answer is owed any more."""
         self.was_cut = True
+        self._ask()
+
+    def _saved(self, reason: str) -> None:
+        self.saved_for = reason
+        self._ask()
+
+    def _ask(self) -> None:
         self._asked.set()
-        if self.on_cut:
-            self.on_cut()
+        if self.on_asked:
+            self.on_asked()
 
 
 class Turns:
@@ -71,10 +122,22 @@ class Turns:
         running = (now - turn.began_at for turn in (*self._running, *self._foreign) if turn.advances)
         return round(self._done_s + sum(running), 6)
 
+    @property
+    def session_ids(self) -> list[str]:
+        """The sessions whose turns run, oldest first; foreign work has none that an agent could know."""
+        running = sorted(self._running, key=lambda turn: turn.began_at)
+        return [turn.session_id for turn in running if turn.session_id is not None]
+
+    def of(self, session_id: str) -> list[Turn]:
+        """What runs in a session; in a foreign one, all of the agent's own work."""
+        if session_id.startswith(FOREIGN):
+            return [*self._foreign]
+        return [turn for turn in self._running if turn.session_id == session_id]
+
     @contextmanager
-    def begin(self, *, advances: bool = True) -> Iterator[Turn]:
+    def begin(self, *, session_id: str | None = None, advances: bool = True) -> Iterator[Turn]:
         """Take a slot for the length of the block. Whether one is free is the caller's question (`full`)."""
-        turn = Turn(advances=advances)
+        turn = Turn(session_id=session_id, advances=advances)
         self._running.add(turn)
         self._idle.clear()
         try:
@@ -92,6 +155,8 @@ class Turns:
         self._end_foreign()
         if seconds > 0:
             self._foreign = [Turn() for _ in range(self.max_concurrent if tasks is None else tasks)]
+            for turn in self._foreign:
+                turn.on_asked = partial(self._give_up, turn)
             self._foreign_ends = asyncio.get_running_loop().call_later(seconds, self.busy_for, 0)
         if self.active < before:
             self._on_fall()
@@ -107,6 +172,11 @@ class Turns:
                 await self._idle.wait()
         for turn in [*self._running]:
             turn.cut()
+
+    def _give_up(self, foreign: Turn) -> None:
+        # A save that was asked of earlier work says nothing about what runs now.
+        if foreign in self._foreign:
+            self.busy_for(0)
 
     def _end_foreign(self) -> None:
         if self._foreign_ends:

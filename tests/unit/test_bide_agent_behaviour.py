@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from bide_agent.behaviour import (
     DOOR_FATES,
     HUGE_MAX,
     TURN_FATES,
+    WORDS,
     Behaviour,
     BehaviourError,
     Fate,
@@ -270,6 +272,7 @@ async def test_a_count_is_taken_off_however_a_turn_ends() -> None:
         ({"silent": 3.0}, Behaviour(silent=3)),
         ({"deaf": True, "answer": "task"}, Behaviour(deaf=True, answer="task")),
         ({"huge": HUGE_MAX}, Behaviour(huge=HUGE_MAX)),
+        ({"checkpoint": "ceiling_only", "stop": "ignore"}, Behaviour(checkpoint="ceiling_only", stop="ignore")),
     ],
 )
 def test_a_behaviour_changes_by_name(changes: dict[str, Any], expected: Behaviour) -> None:
@@ -281,7 +284,7 @@ def test_a_behaviour_changes_by_name(changes: dict[str, Any], expected: Behaviou
     [
         {"shy": 1}, {"work_s": -0.1}, {"work_s": True}, {"work_s": float("inf")}, {"work_s": float("nan")},
         {"silent": -2}, {"silent": 1.5}, {"silent": "1"}, {"deaf": 1}, {"answer": "poem"}, {"huge": HUGE_MAX + 1},
-        {"huge": True},
+        {"huge": True}, {"stop": "message"}, {"checkpoint": True}, {"sigterm": []},
     ],
 )  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused(changes: dict[str, Any]) -> None:
@@ -301,6 +304,12 @@ def test_fates_are_spent_in_their_order() -> None:
 def test_every_fate_has_its_place_and_its_counter() -> None:
     assert {*DOOR_FATES, *TURN_FATES} == set(Fate)
     assert {fate.value for fate in Fate} <= set(Behaviour.__slots__)
+
+
+def test_a_behaviour_that_is_a_word_has_its_words() -> None:
+    words = {field.name for field in fields(Behaviour) if isinstance(field.default, str)}
+    assert words == WORDS.keys()
+    assert all(getattr(Behaviour(), name) == WORDS[name][0] for name in words)
 
 
 def test_the_words_of_a_command_line_are_read() -> None:

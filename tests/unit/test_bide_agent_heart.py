@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bide_agent import Agent, Options, running
-from bide_agent.client import Reply, post
+from bide_agent.client import Reply, post, request
 from bide_agent.heart import RETRY_FIRST_S, RETRY_MAX_S, retry_s
 from bide_agent.server import listen
 
@@ -117,8 +117,9 @@ def options(bide: FakeBide, **changes: Any) -> Options:
     return Options(**given)
 
 
-async def say(agent: Agent, token: str | None = "delivery") -> Reply:
-    return await post(agent.url, SEND, token=token)
+async def say(agent: Agent, token: str | None = "delivery", **headers: str) -> Reply:
+    authorization = {"authorization": f"Bearer {token}"} if token else {}
+    return await request("POST", agent.url, json.dumps(SEND).encode(), headers={**authorization, **headers})
 
 
 async def test_an_agent_registers_with_all_that_bide_must_know(bide: FakeBide) -> None:
@@ -133,7 +134,7 @@ async def test_an_agent_registers_with_all_that_bide_must_know(bide: FakeBide) -
             "boot_id": agent.boot_id,
             "max_concurrent_tasks": 3,
             "heartbeat_interval_s": 12,
-            "capabilities": ["refuses_when_busy"],
+            "capabilities": ["control", "refuses_when_busy"],
         }
         assert card["url"] == agent.url
         assert agent.incarnation == 1
@@ -260,12 +261,12 @@ async def test_a_directive_is_acknowledged_at_once_and_heard_once(bide: FakeBide
     bide.directives = [directive, {"id": 7}, "none", {}]
     async with running(options(bide, heartbeat_s=600)) as agent:
         await agent.until(lambda: agent.beats == 2)
-        assert bide.beats[1].body["acknowledged"] == [{"id": "d-1", "result": "noted"}]
+        assert bide.beats[1].body["acknowledged"] == [{"id": "d-1", "result": "ended"}]
         # The second reply repeats it; that alone must not make a third beat. What is next comes from this call.
         await say(agent)
         await agent.until(lambda: agent.beats == 3)
         assert agent.directives == [directive]
-        assert bide.beats[2].body["acknowledged"] == [{"id": "d-1", "result": "noted"}]
+        assert bide.beats[2].body["acknowledged"] == [{"id": "d-1", "result": "ended"}]
 
 
 async def test_an_acknowledgement_is_said_until_bide_has_taken_it(bide: FakeBide) -> None:
@@ -277,6 +278,67 @@ async def test_an_acknowledgement_is_said_until_bide_has_taken_it(bide: FakeBide
         await agent.until(lambda: not bide.broken and agent.beats >= 4)
         said = [bool(beat.body["acknowledged"]) for beat in bide.beats]
         assert said[said.index(True) :][:3] in ([True, True, False], [True, False, False])
+
+
+def directive(kind: str, reason: str = "ceiling", session_id: str = "s-1") -> dict[str, Any]:
+    return {"id": f"{kind}-1", "kind": kind, "reason": reason, "session_id": session_id, "deadline": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "behaviour", "word", "outcome"),
+    [
+        (directive("checkpoint"), {"save_s": 0}, "saving", "checkpointed"),
+        (directive("checkpoint", "ceiling_near"), {}, "noted", None),
+        (directive("stop"), {}, "stopping", "canceled"),
+        (directive("stop"), {"stop": "ignore"}, "ignored", None),
+        (directive("checkpoint", session_id="s-2"), {}, "ended", None),
+    ],
+)
+async def test_what_a_directive_in_a_reply_came_to_is_told_with_the_next_beat(
+    bide: FakeBide, given: dict[str, Any], behaviour: dict[str, Any], word: str, outcome: str | None
+) -> None:
+    async with (
+        running(options(bide, heartbeat_s=600, work_s=600, behaviour=behaviour, grace_s=0)) as agent,
+        calling(agent, **{"x-bide-session": "s-1"}),
+    ):
+        await agent.until(lambda: agent.beats >= 1)
+        bide.directives = [given]
+        agent.beat_now()
+        await agent.until(lambda: any(beat.body["acknowledged"] for beat in bide.beats))
+        await agent.until(lambda: outcome is None or agent.active == 0)
+        told = next(beat.body["acknowledged"] for beat in bide.beats if beat.body["acknowledged"])
+        assert told == [{"id": given["id"], "result": word}]
+        assert agent.received[0].outcome == outcome
+
+
+async def test_a_directive_that_comes_both_ways_is_acted_on_once_and_acknowledged(bide: FakeBide) -> None:
+    async with running(options(bide, heartbeat_s=600, work_s=600, grace_s=0)) as agent:
+        await agent.until(lambda: agent.beats == 1)
+        given = directive("checkpoint", "ceiling_near")
+        async with calling(agent, **{"x-bide-session": "s-1"}):
+            reply = await post(f"{agent.url}/control/checkpoint", given, token="delivery")
+            assert (reply.status, reply.json()) == (200, {"result": "noted"})
+            await agent.until(lambda: agent.beats == 2)
+            assert bide.beats[1].body["acknowledged"] == [{"id": given["id"], "result": "noted"}]
+            bide.directives = [given]
+            agent.beat_now()
+            await agent.until(lambda: agent.beats == 3)
+            assert bide.beats[2].body["acknowledged"] == []
+            assert agent.directives == [given]
+
+
+async def test_only_bide_may_give_directives_over_http(bide: FakeBide) -> None:
+    async with running(options(bide)) as agent:
+        await agent.until(lambda: agent.registered)
+        assert (await post(f"{agent.url}/control/stop", directive("stop"), token="other")).status == 401
+        assert (await post(f"{agent.url}/control/stop", directive("stop"), token="delivery")).status == 409
+
+
+async def test_an_agent_without_control_hears_of_directives_in_replies_only(bide: FakeBide) -> None:
+    async with running(options(bide, behaviour={"control": False})) as agent:
+        await agent.until(lambda: agent.registered)
+        assert bide.registrations[0].body["capabilities"] == ["refuses_when_busy"]
+        assert (await post(f"{agent.url}/control/stop", directive("stop"), token="delivery")).status == 404
 
 
 async def test_a_deaf_agent_registers_and_says_no_more(bide: FakeBide) -> None:
@@ -318,10 +380,11 @@ async def test_a_silent_turn_makes_no_progress_and_a_working_one_does(bide: Fake
 
 
 @asynccontextmanager
-async def calling(agent: Agent) -> AsyncIterator[None]:
+async def calling(agent: Agent, **headers: str) -> AsyncIterator[None]:
     """A call that is given up at the end of the block."""
+    await agent.until(lambda: agent.registered)
     begun = len(agent.received)
-    call = asyncio.create_task(say(agent))
+    call = asyncio.create_task(say(agent, **headers))
     await agent.until(lambda: len(agent.received) > begun)
     yield
     call.cancel()

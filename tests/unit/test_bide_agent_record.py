@@ -127,6 +127,34 @@ async def test_a_refused_message_is_recorded_as_refused(tmp_path: Path) -> None:
     assert [(one["event"], one["outcome"], one["started_at"]) for one in lines(path)] == [("refused", "busy", None)]
 
 
+async def test_a_directive_is_recorded_once_for_each_word_that_it_came_to(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    given = {"id": "d-1", "reason": "operator", "session_id": "s-1", "deadline": "2030-01-01T00:00:00Z"}
+    async with running(Options(workspace="w1", work_s=600, record=path)) as agent:
+
+        async def stop() -> int:
+            return (await request("POST", f"{agent.url}/control/stop", json.dumps(given).encode())).status
+
+        assert [await stop(), await stop()] == [409, 409]
+        call = asyncio.create_task(send(agent, "a", **{"x-bide-session": "s-1"}))
+        await agent.until(lambda: agent.active == 1)
+        assert [await stop(), await stop()] == [200, 200]
+        await call
+    told = [one for one in lines(path) if one["event"] == "directive"]
+    assert [one["result"] for one in told] == ["ended", "stopping"]
+    assert told[1].pop("at").keys() == {"monotonic", "wall"}
+    assert told[1] == {
+        "event": "directive",
+        "workspace": "w1",
+        "directive": "d-1",
+        "kind": "stop",
+        "reason": "operator",
+        "session_id": "s-1",
+        "deadline": "2030-01-01T00:00:00Z",
+        "result": "stopping",
+    }
+
+
 @asynccontextmanager
 async def process(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     """The agent as a process, and its URL."""
@@ -154,6 +182,19 @@ async def test_sigterm_ends_the_process_cleanly() -> None:
         async with asyncio.timeout(10):
             _, errors = await agent.communicate()
         assert (agent.returncode, errors) == (0, b"")
+
+
+async def test_a_process_that_ignores_sigterm_goes_on_until_sigkill() -> None:
+    async with process("--work-s", "0", "--behaviour", "sigterm=ignore") as (agent, url):
+        agent.send_signal(signal.SIGTERM)
+        assert agent.stderr is not None
+        while b"sigterm_ignored" not in await agent.stderr.readline():
+            assert not agent.stderr.at_eof()
+        assert (await request("POST", url, body("live"))).status == 200
+        assert agent.returncode is None
+        agent.kill()
+        async with asyncio.timeout(10):
+            assert await agent.wait() == -signal.SIGKILL
 
 
 async def test_an_agent_that_is_told_to_die_leaves_a_begin_without_an_end(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class AgentProcess:
         found: dict[tuple[str | None, float], Received] = {}
         for line in self._record.read_text().splitlines() if self._record.exists() else ():
             said: dict[str, Any] = json.loads(line)
-            if said["event"] != "refused":
+            if said["event"] in {"begin", "end"}:
                 found[said["message_id"], said["started_at"]] = _received(said)
         return list(found.values())
 
