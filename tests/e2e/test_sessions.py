@@ -1,0 +1,122 @@
+"""The story behind the ceiling, replayed with seconds for minutes: a session that outlasts twelve fires."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from bide_agent.agent import Agent
+from tests.conftest import until
+from tests.e2e.conftest import Caller, Fleet, Ready, up
+from tests.integration.calendar_kit import free, said
+
+PERIOD_S = 3
+FIRES = 12
+QUICK = {
+    "BIDE_QUEUE_SNAPSHOT_S": "0.5",
+    "BIDE_SCHEDULER_SESSION_NOTE_S": "0.2",
+    "BIDE_SCHEDULER_SESSION_REPEAT_S": "2",
+    "BIDE_SCHEDULER_GATE_REPEAT_S": "1",
+}
+"""What is said every few seconds is said within one."""
+
+
+@pytest.fixture(scope="module")
+def ring() -> Iterator[Ready]:
+    with up(**QUICK) as ready:
+        yield ready
+
+
+async def in_a_long_session(lead: Caller, fleet: Fleet, **behaviour: Any) -> tuple[Agent, asyncio.Task[Any]]:
+    """An agent that works on one message until somebody ends that."""
+    agent = await fleet.start(f"w-{uuid4().hex[:8]}", work_s=120.0, heartbeat_s=1.0, behaviour=behaviour)
+    first = asyncio.create_task(lead.send(agent.workspace, "six hours"))
+    await agent.until(lambda: agent.active == 1)
+    agent.behave(work_s=0.1)  # the turns after this one
+    return agent, first
+
+
+async def planned(lead: Caller, name: str, **body: Any) -> str:
+    made = await lead.call(
+        "POST", f"/workspaces/{name}/schedules", {"name": "half-hourly", "every_s": PERIOD_S, **body}
+    )
+    assert made.status == 201, made.body
+    return f"/workspaces/{name}/schedules/{made.json['schedule_id']}"
+
+
+async def seen(lead: Caller, path: str) -> dict[str, Any]:
+    reply = await lead.call("GET", path)
+    assert reply.status == 200, reply.body
+    found: dict[str, Any] = reply.json
+    return found
+
+
+async def test_twelve_fires_without_a_ceiling_are_one_run_with_the_newest_prompt(lead: Caller, fleet: Fleet) -> None:
+    """A-S-14, C-B1: nothing is lost, all is seen, and what was edited meanwhile is what runs."""
+    agent, first = await in_a_long_session(lead, fleet)
+    name = agent.workspace
+    assert (await lead.call("PATCH", f"/workspaces/{name}", {"session_ceiling_s": 0})).status == 200
+    over_at = datetime.now(UTC) + timedelta(seconds=(FIRES + 0.5) * PERIOD_S)
+    schedule = await planned(lead, name, prompt="before", ends_at=over_at.isoformat())
+    shown: dict[str, Any] = {}
+
+    async def all_bounced() -> bool:
+        nonlocal shown
+        shown = await seen(lead, f"/workspaces/{name}")
+        return bool(shown["schedules"]) and shown["schedules"][0]["bounces"] == FIRES and shown["session"] is not None
+
+    await until(all_bounced, within_s=60)
+    print(f"{name}: {shown['session']['summary']}")
+    assert (shown["session"]["state"], shown["session"]["ceiling_s"]) == ("running", 0)
+    waiting = (await seen(lead, f"/workspaces/{name}/queue"))["items"]
+    assert [(item["kind"], item["merged_count"]) for item in waiting] == [("tick", FIRES)]
+    edited = await lead.call("PATCH", schedule, {"prompt": "after"})
+    assert (edited.status, edited.json["applied"]) == (200, True)
+    free(agent)
+
+    async def ran() -> bool:
+        return bool((await seen(lead, schedule))["run_count"] == 1)
+
+    await until(ran)
+    assert (await first).status == 200
+    assert [each.text for each in agent.received] == ["six hours", "after"]
+    assert said(agent.received[1])["merged_count"] == FIRES
+    counts = (await seen(lead, schedule))["counts"]
+    print(f"{name}: {FIRES} fires, {counts}")
+    assert (counts["delivered"], counts["coalesced"]) == (1, FIRES - 1)
+
+
+async def test_at_its_ceiling_a_session_is_asked_to_save_and_every_tick_runs(lead: Caller, fleet: Fleet) -> None:
+    """C-K1: the agent obeys; nothing is stopped, and what waited goes on."""
+    agent, first = await in_a_long_session(lead, fleet)
+    name = agent.workspace
+    rules = {"session_ceiling_s": 2 * PERIOD_S, "checkpoint_grace_s": 10, "stop_grace_s": 5}
+    assert (await lead.call("PATCH", f"/workspaces/{name}", rules)).status == 200
+    schedule = await planned(lead, name, prompt="look")
+
+    async def four_ran() -> bool:
+        return bool((await seen(lead, schedule))["run_count"] >= 4)
+
+    await until(four_ran, within_s=60)
+    answer = await first
+    reasons = [each["reason"] for each in agent.directives if each["kind"] == "checkpoint"]
+    assert reasons == ["ceiling_near", "ceiling"]
+    assert not [each for each in agent.directives if each["kind"] == "stop"]
+    mark = answer.json["result"]["metadata"]["urn:bide:queue:1"]
+    assert (mark["checkpointed"], mark["reason"]) == (True, "ceiling"), "its partial work is in the answer"
+    paused = await lead.call("POST", f"{schedule}/pause")
+    assert paused.status == 200
+
+    async def settled() -> bool:
+        row = await seen(lead, schedule)
+        return bool(sum(row["counts"].values()) == row["fires"])
+
+    await until(settled)
+    row = await seen(lead, schedule)
+    assert row["counts"]["ceiling"] == row["counts"]["failed"] == row["counts"]["missed"] == 0
+    print(f"{name}: asked at its ceiling, {row['fires']} fires: {row['counts']}")
