@@ -48,8 +48,8 @@ class _Bide:
 
 async def tell(proxy: str, admin_token: str) -> bool:
     """Tell the story; True when no fire was lost and the newest prompt ran."""
-    print(f"\nA schedule fires every {PERIOD_S} s. Its agent has begun a session that would last for hours. Its ceiling "
-          f"is {CEILING_S:g} s.\n")  # fmt: skip
+    print(f"\nA schedule fires every {PERIOD_S} s. Its agent has begun a session that would last for hours; its "
+          f"ceiling is {CEILING_S:g} s.\n")  # fmt: skip
     client = Agents(AddressRules(allow_loopback=True))
     bide = _Bide(client, proxy, admin_token)
     try:
