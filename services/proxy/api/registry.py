@@ -18,8 +18,9 @@ from services.proxy.api.identity import Caller, Identity, digest, display
 from services.proxy.api.outgoing import delivery_token
 from services.proxy.api.wire import ModelT, Refused, Request, Response, answer, validated
 from services.proxy.copies import Copies
+from services.proxy.copies.directives import shape
 from services.proxy.decide import Head, Presence, Refuse, Workspace, admit
-from services.proxy.metrics import HEARTBEATS, INCARNATIONS
+from services.proxy.metrics import DIRECTIVES, HEARTBEATS, INCARNATIONS
 from services.proxy.settings import Settings
 from services.proxy.store import UPTIME_SLACK_S, Audit, Enrolment, Store
 from shared.addresses import AddressRefused, AddressRules, check_url
@@ -108,6 +109,9 @@ class Registrar:
             ],
         )
         use.hear_heartbeat(fact)
+        if fact.acknowledged:
+            taken = [each.directive_id for each in fact.acknowledged]
+            self._copies.directives.acknowledge(workspace.workspace_id, taken)
         self._publisher.post(fact)
         HEARTBEATS.inc()
         directives = self._directives(workspace)
@@ -127,9 +131,11 @@ class Registrar:
         return answer(200, {"status": "ok", "rev": workspace.rev})
 
     def _directives(self, workspace: Workspace) -> list[dict[str, Any]]:
-        """What is asked of this agent now. Nobody gives directives yet: the scheduler will."""
-        del workspace
-        return []
+        """What is asked of this agent now: told with each beat until it has been acknowledged."""
+        told = self._copies.directives.of(workspace.workspace_id, workspace.incarnation, time.time())
+        for each in told:
+            DIRECTIVES.labels(each.kind.value, "told").inc()
+        return [shape(each) for each in told]
 
     async def _same_life(self, workspace: Workspace, beat: Heartbeat, received_at: float) -> Workspace:
         """The row at the incarnation that this beat belongs to: written only where it is another life."""
