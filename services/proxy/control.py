@@ -56,7 +56,8 @@ class Control:
         uses = self._copies.uses
         while uses.to_cancel:
             self._begin(self._cancel(uses.to_cancel.pop(0)))
-        for directive in self._copies.calls.take(self._settings.control_calls_max - self._directing):
+        free = self._settings.control_calls_max - self._directing
+        for directive in self._copies.calls.take(free, time.time()):
             self._directing += 1
             self._begin(self._direct(directive))
         return _IDLE_S

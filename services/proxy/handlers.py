@@ -136,8 +136,9 @@ class Handlers:
 
     async def calls(self, facts: Sequence[SessionDirective]) -> None:
         """Only record them: a call may take long, and what is read here is acknowledged at once (3-bus rule 7)."""
+        now = time.time()
         for fact in facts:
-            self.copies.calls.add(fact)
+            self.copies.calls.add(fact, now)
         self.to_call()
 
     async def stops(self, facts: Sequence[SessionStop]) -> None:

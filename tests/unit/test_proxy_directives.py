@@ -76,7 +76,8 @@ def test_what_was_acknowledged_is_not_told_again_however_often_it_is_said() -> N
     directives, one, other = Directives(), directive(), directive("tick_waiting")
     directives.hear(one, T0)
     directives.hear(other, T0)
-    directives.acknowledge("w", [one.directive_id])
+    assert directives.acknowledge("w", [one.directive_id]) == [one.directive_id]
+    assert directives.acknowledge("w", [one.directive_id]) == [], "an agent may say it with each beat"
     assert not directives.hear(one, T0 + 10)
     assert told(directives, 10) == ["checkpoint tick_waiting"]
     assert not directives.wants(one, 1, T0 + 10)
@@ -167,20 +168,27 @@ def test_an_agent_gets_one_call_at_a_time_and_the_fleet_so_many() -> None:
     calls = Calls()
     first, second, other, third = [directive(workspace_id=name) for name in ("a", "a", "b", "c")]
     for each in (first, second, other, third):
-        calls.add(each)
-    assert calls.take(2) == [first, other]
-    assert calls.take(0) == []
-    assert calls.take(9) == [third], "the second of a waits for the first"
+        calls.add(each, T0)
+    assert calls.take(2, T0) == [first, other]
+    assert calls.take(0, T0) == []
+    assert calls.take(9, T0) == [third], "the second of a waits for the first"
     calls.done("a")
-    assert calls.take(9) == [second]
+    assert calls.take(9, T0) == [second]
 
 
 def test_what_waits_is_replaced_by_its_repeat() -> None:
     calls, one = Calls(), directive()
     again = one.model_copy(update={"rev": 2})
-    calls.add(one)
-    calls.add(again)
-    assert calls.take(9) == [again]
+    calls.add(one, T0)
+    calls.add(again, T0 + 9)
+    assert calls.take(9, T0 + 19) == [again]
+
+
+@pytest.mark.parametrize(("seconds", "is_called"), [(9.9, True), (10.0, True), (10.1, False)])
+def test_what_has_waited_until_it_was_said_again_is_left_to_who_reads_that(seconds: float, is_called: bool) -> None:
+    calls = Calls()
+    calls.add(directive(), T0)
+    assert bool(calls.take(9, T0 + seconds)) is is_called
 
 
 URLS = [

@@ -110,12 +110,21 @@ class Registrar:
         )
         use.hear_heartbeat(fact)
         if fact.acknowledged:
-            taken = [each.directive_id for each in fact.acknowledged]
-            self._copies.directives.acknowledge(workspace.workspace_id, taken)
+            self._acknowledge(fact)
         self._publisher.post(fact)
         HEARTBEATS.inc()
         directives = self._directives(workspace)
         return answer(200, {"status": "ok", "directives": directives}) if directives else Response(200, _NO_DIRECTIVES)
+
+    def _acknowledge(self, fact: WorkspaceHeartbeat) -> None:
+        results = {each.directive_id: each.result for each in fact.acknowledged}
+        for directive_id in self._copies.directives.acknowledge(fact.workspace_id, results):
+            log.info(
+                "directive_acknowledged",
+                workspace_id=fact.workspace_id,
+                directive_id=str(directive_id),
+                result=results[directive_id][:100],
+            )
 
     async def update_card(self, request: Request) -> Response:
         caller = await self._identity.require(request)

@@ -43,7 +43,10 @@ class Directives:
         """Take one; say whether it is news. What was acknowledged is not told again."""
         if now - self._swept_at > _SWEEP_S:
             self._sweep(now)
-        if fact.directive_id in self._acknowledged or _is_past(fact, now, now):
+        if fact.directive_id in self._acknowledged:
+            self._acknowledged.move_to_end(fact.directive_id)
+            return False
+        if _is_past(fact, now, now):
             return False
         told = self._told.setdefault(fact.workspace_id, {})
         slot = _slot(fact)
@@ -61,10 +64,13 @@ class Directives:
         DIRECTIVES.labels(fact.kind.value, "heard").inc()
         return True
 
-    def acknowledge(self, workspace_id: str, directive_ids: Iterable[UUID]) -> None:
-        """The agent has taken these, whoever told it."""
+    def acknowledge(self, workspace_id: str, directive_ids: Iterable[UUID]) -> list[UUID]:
+        """The agent has taken these, whoever told it; which of them is news."""
         told = self._told.get(workspace_id)
+        news: list[UUID] = []
         for directive_id in directive_ids:
+            if directive_id not in self._acknowledged:
+                news.append(directive_id)
             self._acknowledged[directive_id] = None
             self._acknowledged.move_to_end(directive_id)
             for slot, each in list(told.items()) if told else ():
@@ -75,6 +81,7 @@ class Directives:
             self._acknowledged.popitem(last=False)
         if told is not None and not told:
             del self._told[workspace_id]
+        return news
 
     def of(self, workspace_id: str, incarnation: int, now: float) -> list[SessionDirective]:
         """What is asked of this life of the agent now, in the order in which it was heard.
