@@ -102,9 +102,12 @@ class Reader:
         line = _Line(write)
         self._lines.append((line, self._subscribe(route, line)))
 
-    def hear(self, fact: type[FactT], handle: Hear[FactT], *, own: bool = True) -> None:
-        """Let `handle` take `fact` into memory. `own` False: not what this replica has published itself."""
-        route = topology.route(fact, self._service)
+    def hear(self, fact: type[FactT], handle: Hear[FactT], *, own: bool = True, reader: str | None = None) -> None:
+        """Let `handle` take `fact` into memory; `reader` if the queue is not named after the service.
+
+        `own` False: not what this replica has published itself.
+        """
+        route = topology.route(fact, reader or self._service)
         heard = partial(self._hear_message, route, handle)
         self._subscribe(route, heard if own else partial(self._hear_others, heard))
 

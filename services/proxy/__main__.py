@@ -9,18 +9,22 @@ from pathlib import Path
 from services.proxy.api.a2a import A2A
 from services.proxy.api.card import Cards
 from services.proxy.api.door import Api, Door
+from services.proxy.api.evidence import Evidence
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Identity
 from services.proxy.api.keeping import Keeper
+from services.proxy.api.lives import Lives
 from services.proxy.api.outgoing import Addresser
 from services.proxy.api.owning import Owning
 from services.proxy.api.questions import Questions
 from services.proxy.api.queue import Queue
 from services.proxy.api.registry import Registrar
 from services.proxy.api.schedules import Schedules
+from services.proxy.api.sessions import Sessions
 from services.proxy.api.tasks import Tasks
 from services.proxy.api.verbs import Verbs
 from services.proxy.api.workspaces import Workspaces
+from services.proxy.control import Control
 from services.proxy.copies import Copies
 from services.proxy.handlers import Handlers
 from services.proxy.loops import Beats, Catching, Reading, Writing
@@ -49,22 +53,30 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
     stack.push_async_callback(agents.close)
     beats, reading = Beats(settings, copies, service.publisher), Reading(copies, store, service.publisher)
     writing, catching = Writing(settings, copies, store), Catching(settings, copies, service.publisher)
-    await reading.load()
-    Handlers(copies, reading.loop.wake).register(service.reader)
-    identity, questions = Identity(settings, copies, store), Questions(settings, copies, service.publisher)
     addresser = Addresser(settings, copies)
+    control = Control(settings, copies, agents, addresser.authorization)
+    await reading.load()
+    await beats.introduce()
+    Handlers(copies, reading.loop.wake, closed=beats.closed, to_call=control.loop.wake).register(service.reader)
+    identity, questions = Identity(settings, copies, store), Questions(settings, copies, service.publisher)
     finding, told = Finding(copies, store), service.relay.wake
+    sessions = Sessions(settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher)
     api = Api(
         a2a=A2A(
             settings, copies, identity=identity, finding=finding, keeper=Keeper(settings, copies, service.publisher),
             questions=questions, agents=agents, addresser=addresser, stopping=door.stopping,
             tasks=Tasks(questions, addresser, agents, Owning(copies, store), settings), changed=beats.notify,
+            evidence=Evidence(settings, service.publisher),
         ),
         registrar=Registrar(
             settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher, told=told,
             rules=rules,
         ),
-        workspaces=Workspaces(settings, copies, identity=identity, finding=finding, store=store, told=told),
+        workspaces=Workspaces(
+            settings, copies, identity=identity, finding=finding, store=store, told=told, sessions=sessions,
+        ),
+        sessions=sessions,
+        lives=Lives(settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher),
         queue=Queue(finding, identity, questions),
         verbs=Verbs(settings, finding=finding, identity=identity, questions=questions, store=store),
         schedules=Schedules(
@@ -73,7 +85,8 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
         cards=Cards(settings, finding, identity),
     )  # fmt: skip
     stack.push_async_callback(writing.close)
-    await stack.enter_async_context(turning([beats.loop, reading.loop, writing.loop, catching.loop]))
+    stack.push_async_callback(control.close)
+    await stack.enter_async_context(turning([beats.loop, reading.loop, writing.loop, catching.loop, control.loop]))
     stack.push_async_callback(door.close, settings.drain_s)
     door.open(api)
     return copies

@@ -12,8 +12,8 @@ from services.proxy.copies import Copies
 from services.proxy.settings import Settings
 from services.proxy.store import Store
 from shared import topology
-from shared.broker import Publisher
-from shared.database import classify
+from shared.broker import NotPublished, Publisher, PublishUnknown
+from shared.database import backoff_s, classify
 from shared.facts import FLEET, QueryAnswered, QueueQuery
 from shared.loops import Loop
 from shared.telemetry import log
@@ -30,7 +30,12 @@ _RELOAD_S = 300.0
 
 
 class Beats:
-    """ProxyBeats: at once where a message waits for what they tell, else gathered for `beat_pause_s`."""
+    """ProxyBeats: at once where a message waits for what they tell, else gathered for `beat_pause_s`.
+
+    While the gate of a workspace is closed a beat goes out every `beat_s`, forwards or not: what may be killed there is
+    decided by what every proxy has said. For that the queue must know of every proxy, before it forwards anything: so
+    each says that it lives, first of all and every `beat_s`.
+    """
 
     def __init__(self, settings: Settings, copies: Copies, publisher: Publisher) -> None:
         self._settings = settings
@@ -38,7 +43,22 @@ class Beats:
         self._publisher = publisher
         self._armed = False
         self._gathered_at = 0.0
+        self._lived_at = 0.0
         self.loop = Loop("beats", self.run_once)
+
+    async def introduce(self) -> None:
+        """Come back when the broker has it that this replica lives. No fact is read before."""
+        attempt = 0
+        while True:
+            try:
+                await self._publisher.publish(self._copies.uses.fleet_beat())
+            except (NotPublished, PublishUnknown) as error:
+                log.warning("waiting_for_rabbitmq", error=str(error), attempt=attempt)
+                await asyncio.sleep(backoff_s(attempt))
+                attempt += 1
+            else:
+                self._lived_at = time.time()
+                return
 
     def notify(self, workspace_id: str) -> None:
         """The live forwards of this workspace have changed."""
@@ -48,9 +68,19 @@ class Beats:
             self._armed = True
             self.loop.wake()
 
+    def closed(self, workspace_id: str) -> None:
+        """The gate of this workspace was closed: from here on nothing is forwarded there, and that is said now."""
+        view = self._copies.backlogs.view(workspace_id)
+        log.info("gate_closing_heard", workspace_id=workspace_id, generation=view.gate_generation)
+        self._tell(workspace_id, time.time())
+        self.loop.wake()
+
     async def run_once(self, now: float | None = None) -> float:
         now = time.time() if now is None else now
         uses = self._copies.uses
+        if now - self._lived_at >= self._settings.beat_s:
+            self._lived_at = now
+            self._publisher.post(uses.fleet_beat())
         wait_s = self._gathered_at + self._settings.beat_pause_s - now
         if uses.changed and wait_s <= 0:
             self._armed, self._gathered_at = False, now
@@ -61,13 +91,13 @@ class Beats:
                 self._tell(workspace_id, now)
         if uses.changed:
             return max(wait_s, 0.001)
-        return self._settings.beat_s / 5 if uses.lively else _IDLE_S
+        return self._settings.beat_s / 5 if uses.lively else max(self._lived_at + self._settings.beat_s - now, 0.001)
 
     def _tell(self, workspace_id: str, now: float) -> None:
         uses = self._copies.uses
         uses.changed.discard(workspace_id)
-        beat = uses.beat(workspace_id, self._copies.backlogs.view(workspace_id).gate_generation, now)
-        if beat.forwards or beat.ended:
+        beat = uses.beat(workspace_id, self._copies.backlogs.view(workspace_id), now)
+        if beat.forwards or beat.ended or beat.gate_until is not None:
             uses.lively[workspace_id] = now
         else:
             uses.lively.pop(workspace_id, None)  # the empty beat that says so is the last

@@ -5,12 +5,13 @@ from __future__ import annotations
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.proxy.decide import Reason
+from shared.facts import DirectiveKind, EvidenceKind
 from shared.replies import Outcome
 
 ROUTES = (
     "a2a", "heartbeat", "register", "update_card", "card", "item", "cancel_item", "queue", "workspaces", "workspace",
     "patch", "pause", "resume", "remove", "retry_item", "promote_item", "cancel_many", "dead_letters", "replay",
-    "schedules", "schedule", "openapi", "docs", "none",
+    "schedules", "schedule", "stop", "checkpoint", "restart", "life", "openapi", "docs", "none",
 )  # fmt: skip
 OUTCOMES = ("answered", "kept", "refused", "failed")
 REFUSALS = (
@@ -38,6 +39,15 @@ ATTACHED = Counter("bide_proxy_attached_total", "Calls that waited for the answe
 HEARTBEATS = Counter("bide_proxy_heartbeats_total", "Heartbeats taken")
 TOKEN_LOOKUPS = Counter("bide_proxy_token_lookups_total", "Tokens that this replica's copy did not know", ["found"])
 INCARNATIONS = Counter("bide_proxy_incarnations_total", "New lives of agents, by how they were noticed", ["by"])
+DIRECTIVES = Counter(
+    "bide_proxy_directives_total", "What agents are asked, and what became of it in this replica", ["kind", "outcome"]
+)
+CONTROL_CALLS = Counter(
+    "bide_proxy_control_calls_total", "Directives brought to agents that declare `control`", ["outcome"]
+)
+SESSION_CANCELS = Counter("bide_proxy_session_cancels_total", "Live forwards stopped: tasks/cancel sent", ["outcome"])
+GATE_CLOSINGS = Counter("bide_proxy_gate_closings_total", "Closings of gates that this replica has heard of")
+EVIDENCE = Counter("bide_proxy_evidence_total", "What live forwards told of agents' lives", ["kind"])
 
 # Bound once: looking a label up costs more than counting.
 TAKEN = {_route: SECONDS.labels(_route) for _route in ROUTES}
@@ -51,3 +61,11 @@ for _found in ("workspace", "key", "nobody", "failed"):
     TOKEN_LOOKUPS.labels(_found)
 for _by in ("register", "heartbeat", "uptime"):
     INCARNATIONS.labels(_by)
+for _kind in DirectiveKind:
+    for _outcome in ("heard", "told", "acknowledged", "replaced", "expired", "void"):
+        DIRECTIVES.labels(_kind.value, _outcome)
+for _outcome in ("taken", "not_now", "refused", "unreachable", "skipped", "dropped"):
+    CONTROL_CALLS.labels(_outcome)
+for _outcome in ("answered", "refused", "unreachable"):
+    SESSION_CANCELS.labels(_outcome)
+EVIDENCED = {_evidence: EVIDENCE.labels(_evidence.value) for _evidence in EvidenceKind}

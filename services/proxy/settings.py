@@ -44,6 +44,16 @@ class Settings(SharedSettings):
     """How often live forwards are told to the others while nothing changes."""
     beat_pause_s: float = Field(default=0.1, gt=0)
     """The least time between two beats where no message waits for what they tell."""
+    control_timeout_s: float = Field(default=5.0, gt=0)
+    """How long an agent may take to answer a directive that is brought to it; it hears it with its next beat anyway."""
+    control_calls_max: int = Field(default=32, ge=1)
+    """Agents that are called so at once; there is never more than one call to one of them."""
+    cancel_timeout_s: float = Field(default=10.0, gt=0)
+    """How long an agent may take to answer `tasks/cancel` for a live forward that was stopped (C-K11)."""
+    sessions_wait_s: float = Field(default=0.5, ge=0)
+    """How long GET /workspaces waits for the scheduler's word on sessions before it says that they are not known."""
+    evidence_pause_s: float = Field(default=5.0, ge=0)
+    """The least time between two answers of one agent that are told to liveness as a sign of its life."""
     connect_timeout_s: float = Field(default=5.0, gt=0)
     forward_idle_s: float = Field(default=300.0, gt=0)
     """A live forward without a byte and without a heartbeat of its agent is cut after this."""

@@ -326,7 +326,7 @@ async def test_an_id_that_another_replica_promised_is_not_yet_visible(stack: Sta
         await two.ready()
         unknown = await two.call("GET", "/queue/01890000-0000-7000-8000-000000000001")
         assert unknown.status == 404
-        young = str(one.copies.uses.beat("x", 0, time.time()).fact_id)
+        young = str(one.copies.uses.fleet_beat().fact_id)
         reply = await two.call("GET", f"/queue/{young}")
         assert (reply.status, reply.json()["code"]) == (503, "not_yet_visible")
         assert int(reply.headers["retry-after"]) > 0

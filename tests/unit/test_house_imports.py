@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "ticks": {"store", "decide", "metrics", "drain", "backlogs", "fires", "loops"},
     "drain": {"store", "decide", "deliver", "backlogs", "fires", "metrics", "settings"},
     "copies": {"decide", "metrics", "settings"},
+    "control": {"copies", "decide", "metrics", "settings"},
     "handlers": {"store", "decide", "metrics", "settings", "drain", "backlogs", "copies", "cron", "rules"},
     "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "fires", "copies"},
     "aside": {"store", "metrics"},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from uuid_utils.compat import uuid7
 
 from services.proxy.copies import Backlogs, Copies, Flights, Keeps, Registry
+from services.proxy.copies.backlogs import View
 from services.proxy.copies.keeps import Keep
 from services.proxy.copies.uses import LiveForward, Uses
 from services.proxy.decide import InFlight, Workspace
@@ -452,7 +453,8 @@ def test_a_beat_names_what_runs_and_what_ended_lately_under_growing_numbers() ->
     uses.begin(live("a", 0))
     uses.begin(live("b", 0))
     uses.end(live("b", 0), "answered", T0 + 1)
-    first, second = uses.beat("w", 3, T0 + 61), uses.beat("w", 3, T0 + 61.1)
+    view = View(gate_generation=3)
+    first, second = uses.beat("w", view, T0 + 61), uses.beat("w", view, T0 + 61.1)
     assert [each.session_id for each in first.forwards] == ["a"]
     assert ([each.session_id for each in first.ended], list(second.ended)) == (["b"], [])
     assert second.rev > first.rev

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.proxy.api.forms import CancelMany
+from services.proxy.api.forms import CancelMany, Patch, Why
 from services.proxy.api.wire import Refused, validated
 from services.proxy.api.workspaces import noted
 from shared.facts import Priority
@@ -68,3 +68,29 @@ def test_a_filter_that_was_not_meant_so_cancels_nothing(body: dict[str, Any]) ->
     with pytest.raises(Refused) as caught:
         validated(CancelMany, json.dumps(body).encode())
     assert (caught.value.refuse.status, caught.value.refuse.code) == (422, "bad_value")
+
+
+SETTINGS: list[tuple[str, Any, Any]] = [
+    ("session_ceiling_s", 0, -1),
+    ("session_min_s", 0, "600"),
+    ("checkpoint_grace_s", 120, 86_401),
+    ("stop_grace_s", 30.5, -0.1),
+    ("tick_preempt_after_s", 900, True),
+    ("tick_preempts", "all", "some"),
+    ("critical_preempt_after_s", 60, -1),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), SETTINGS, ids=[row[0] for row in SETTINGS])
+def test_how_sessions_end_is_a_setting_of_each_workspace(name: str, good: Any, bad: Any) -> None:
+    assert getattr(validated(Patch, json.dumps({name: good}).encode()), name) == good
+    assert getattr(validated(Patch, json.dumps({name: None}).encode()), name) is None
+    with pytest.raises(Refused) as caught:
+        validated(Patch, json.dumps({name: bad}).encode())
+    assert caught.value.refuse.code == "bad_value"
+
+
+def test_a_reason_is_given_as_such() -> None:
+    assert validated(Why, b'{"reason": "deploy"}').reason == "deploy"
+    with pytest.raises(Refused):
+        validated(Why, b'{"note": "deploy"}')

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from services.proxy.api.answers import Kept
 from services.proxy.api.ending import Endings
+from services.proxy.api.evidence import Evidence
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Caller, Identity
 from services.proxy.api.keeping import KEY_CONFLICT, NOT_KEPT, Keeper
@@ -22,7 +23,7 @@ from services.proxy.api.questions import Questions
 from services.proxy.api.rendering import CallerSink, Landed, parse_call, refuse_call
 from services.proxy.api.situation import Situation
 from services.proxy.api.tasks import Tasks
-from services.proxy.api.wire import Refused, Request
+from services.proxy.api.wire import Refused, Request, own_id
 from services.proxy.copies import Copies
 from services.proxy.copies.flights import Flight
 from services.proxy.copies.uses import LiveForward
@@ -81,6 +82,7 @@ class A2A:
         tasks: Tasks,
         stopping: asyncio.Event,
         changed: Changed,
+        evidence: Evidence,
     ) -> None:
         self._settings = settings
         self._copies = copies
@@ -91,6 +93,7 @@ class A2A:
         self._agents = agents
         self._tasks = tasks
         self._changed = changed
+        self._evidence = evidence
         self._addresser = addresser
         self._situation = Situation(settings, copies)
         self._endings = Endings(copies, questions, stopping)
@@ -202,7 +205,14 @@ class A2A:
                 return ending
 
     async def _forward(self, request: Request, message: Message, workspace: Workspace) -> Ending:
-        live = LiveForward(message.workspace_id, message.queue_word, message.key_hash, time.time())
+        live = LiveForward(
+            message.workspace_id,
+            message.queue_word,  # as the agent gets it: X-Bide-Session
+            message.key_hash,
+            time.time(),
+            method=message.envelope.method,
+            task_id=_agents_task(message),
+        )
         outgoing = self._addresser.outgoing(
             request, workspace, message.body, hops=message.hops, queue_id=message.queue_word
         )
@@ -212,21 +222,28 @@ class A2A:
         FORWARDS_RUNNING.inc()
         self._changed(message.workspace_id)
         try:
-            ending = await forward(self._agents, outgoing, sink, task_known=self._owner(message))
+            ending = await forward(self._agents, outgoing, sink, task_known=self._named(message, live))
             counted = _COUNTED.get(ending.verdict.outcome, "answered")
         finally:
             FORWARDS_RUNNING.dec()
             self._copies.uses.end(live, counted, time.time())
             self._changed(message.workspace_id)
         FORWARDED[ending.verdict.outcome].inc()
+        if ending.verdict.evidence is not None:
+            self._evidence.tell(workspace, ending.verdict.evidence)
         return ending
 
-    def _owner(self, message: Message) -> TaskKnown | None:
+    def _named(self, message: Message, live: LiveForward) -> TaskKnown:
         """A Task that the agent begins for this message is its caller's. One that the message named is whose it was."""
-        if message.envelope.task_id is not None:
-            return None
-        owners, workspace_id, caller_hash = self._copies.owners, message.workspace_id, message.caller.caller_hash
-        return lambda task_id: owners.tell(workspace_id, task_id, caller_hash)
+        copies = self._copies
+        begins = message.envelope.task_id is None
+
+        def named(task_id: str) -> None:
+            copies.uses.name_task(live, task_id)
+            if begins:
+                copies.owners.tell(message.workspace_id, task_id, message.caller.caller_hash)
+
+        return named
 
     async def _attach(self, request: Request, message: Message) -> str:
         """Wait for the answer of the same message; each gets it under the id of its own request."""
@@ -245,6 +262,12 @@ class A2A:
         # Where the keep is unknown, all retries must bring back one id: that under which the broker may have it.
         joined = replace(message, queue_word=flight.queue_word)
         return await self._endings.answer(request, joined, landed, None)
+
+
+def _agents_task(message: Message) -> str | None:
+    """The agent's own Task that the message goes on with, if it names one by the agent's own id."""
+    task_id = message.envelope.task_id
+    return task_id if task_id is not None and own_id(task_id) is None else None
 
 
 def _log(message: Message, verdict: Verdict, landed: Landed | None, *, became: str, took_s: float) -> None:

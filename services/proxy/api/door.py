@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 
 from services.proxy.api.a2a import A2A
 from services.proxy.api.card import Cards
+from services.proxy.api.lives import Lives
 from services.proxy.api.openapi import DOCS, OPENAPI
 from services.proxy.api.queue import Queue
 from services.proxy.api.registry import Registrar
 from services.proxy.api.schedules import Schedules
+from services.proxy.api.sessions import Sessions
 from services.proxy.api.verbs import Verbs
 from services.proxy.api.wire import Refused, Request, Response, problem, rpc_error
 from services.proxy.api.workspaces import Workspaces
@@ -56,6 +58,8 @@ class Api:
     queue: Queue
     verbs: Verbs
     schedules: Schedules
+    sessions: Sessions
+    lives: Lives
     cards: Cards
 
     def table(self) -> Sequence[tuple[str, str, str, Route]]:
@@ -79,6 +83,10 @@ class Api:
             ("POST", f"/workspaces/{_ID}/pause", "pause", self.workspaces.pause),
             ("POST", f"/workspaces/{_ID}/resume", "resume", self.workspaces.resume),
             ("POST", f"/workspaces/{_ID}/remove", "remove", self.workspaces.remove),
+            ("POST", f"/workspaces/{_ID}/stop", "stop", self.sessions.stop),
+            ("POST", f"/workspaces/{_ID}/checkpoint", "checkpoint", self.sessions.checkpoint),
+            ("POST", f"/workspaces/{_ID}/restart", "restart", self.lives.restart),
+            ("GET", f"/workspaces/{_ID}/life", "life", self.lives.history),
             ("GET", _ALL, "schedules", self.schedules.list),
             ("POST", _ALL, "schedules", self.schedules.create),
             ("GET", _ONE, "schedule", self.schedules.show),

@@ -107,6 +107,14 @@ class Note(BaseModel):
     note: str | None = Field(default=None, max_length=1000)
 
 
+class Why(BaseModel):
+    """Why a session is stopped or saved, or an agent restarted. The body may be left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, strict=True)
+
+    reason: str | None = Field(default=None, max_length=1000)
+
+
 class CancelMany(Note):
     """POST /workspaces/{id}/queue/cancel: of what waits there, whatever matches all that is named."""
 

@@ -90,7 +90,7 @@ class Keeper:
 
     def _fact(self, message: Message, reason: Reason) -> MessageBusy:
         workspace_id = message.workspace_id
-        generation = self._copies.backlogs.view(workspace_id).gate_generation
+        view = self._copies.backlogs.view(workspace_id)
         return MessageBusy(
             workspace_id=workspace_id,
             rev=0,
@@ -109,7 +109,7 @@ class Keeper:
             not_before=message.not_before,
             expires_at=message.expires_at,
             hops=message.hops,
-            beat=self._copies.uses.beat(workspace_id, generation, time.time()),
+            beat=self._copies.uses.beat(workspace_id, view, time.time()),
             reply_to=self._reply_to,
         )
 

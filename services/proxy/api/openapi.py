@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any
 
-from services.proxy.api.forms import CancelMany, Heartbeat, Note, Patch, Register, UpdateCard
+from services.proxy.api.forms import CancelMany, Heartbeat, Note, Patch, Register, UpdateCard, Why
 
 _REF = "#/components/schemas/{model}"
 
@@ -35,7 +35,7 @@ def _operation(
     if body is not None:
         schema = {"$ref": f"#/components/schemas/{body}"}
         content = {"application/json": {"schema": schema}}
-        operation["requestBody"] = {"required": body != "Note", "content": content}
+        operation["requestBody"] = {"required": body not in {"Note", "Why"}, "content": content}
     return operation
 
 
@@ -91,6 +91,8 @@ _LISTED = (400, 401, 403, 500, 503)
 _ACTED = (*_WROTE, 404, 409)
 _PAUSED = (*_WROTE, 404, 410)
 
+_ENDED = (*_WROTE, 404, 409, 410)
+_RESTARTED = {**_OK, "202": "It has begun"}
 _S = f"{_W}/schedules"
 _SCHEDULE = f"{_S}/{{schedule_id}}"
 _OF = (_WS, _in_path("schedule_id"))
@@ -140,6 +142,27 @@ _TABLE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("post", f"{_W}/pause", _operation("Pause it", ok=_OK, errors=_PAUSED, body="Note", parameters=(_WS,))),
     ("post", f"{_W}/resume", _operation("Let it go on", ok=_OK, errors=_PAUSED, body="Note", parameters=(_WS,))),
     ("post", f"{_W}/remove", _operation("Remove it for ever", ok=_OK, errors=(*_READ, 410), parameters=(_WS,))),
+    ("post", f"{_W}/stop", _operation("Stop what runs", ok=_OK, errors=_ENDED, body="Why", parameters=(_WS,))),
+    (
+        "post",
+        f"{_W}/checkpoint",
+        _operation("Ask it to save what it has", ok=_OK, errors=_ENDED, body="Why", parameters=(_WS,)),
+    ),
+    (
+        "post",
+        f"{_W}/restart",
+        _operation("Restart its agent", ok=_RESTARTED, errors=_ENDED, body="Why", parameters=(_WS,)),
+    ),
+    (
+        "get",
+        f"{_W}/life",
+        _operation(
+            "What was seen of its life, and its restarts",
+            ok=_OK,
+            errors=(*_LISTED, 404, 410),
+            parameters=(_WS, _PAGE[1]),
+        ),
+    ),
     ("get", _S, _operation("Its schedules", ok=_OK, errors=(*_READ, 410), parameters=(_WS, *_PAGE))),
     ("post", _S, _operation("A new schedule", ok=_MADE, errors=_PLANNED, body="Schedule", parameters=(_WS,))),
     ("get", _SCHEDULE, _operation("A schedule", ok=_OK, errors=(*_READ, 410), parameters=_OF)),
@@ -205,7 +228,7 @@ _SCHEDULE_SHAPE: dict[str, Any] = {
 
 def _schemas() -> dict[str, Any]:
     schemas: dict[str, Any] = {}
-    for model in (Register, Heartbeat, UpdateCard, Patch, Note, CancelMany):
+    for model in (Register, Heartbeat, UpdateCard, Patch, Note, Why, CancelMany):
         schema = model.model_json_schema(ref_template=_REF)
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema

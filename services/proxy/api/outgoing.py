@@ -17,8 +17,8 @@ from services.proxy.forward import Outgoing
 from services.proxy.settings import Settings
 from shared.agents import Limits
 
-CEILING_SLACK_S = 120 + 30 + 60
-"""Grace of the checkpoint, grace of the stop, and a sweep: what a turn may outlast its ceiling by (policies §2)."""
+CHECKPOINT_GRACE_S, STOP_GRACE_S, SLACK_S = 120.0, 30.0, 60.0
+"""What a turn may outlast its ceiling by, where its workspace says nothing else (policies §2)."""
 CEILING_S = 1800.0
 _PASSED_ON = (b"accept", b"a2a-version", b"a2a-extensions", b"x-a2a-extensions", b"traceparent", b"tracestate")
 
@@ -47,13 +47,14 @@ class Addresser:
             told = queue_id.encode()
             headers += [(b"x-queue-id", told), (b"x-bide-delivery", b"0"), (b"x-bide-session", told)]
         headers.append((b"x-bide-hops", b"%d" % (hops + 1)))
-        authorization = self._authorization(workspace)
+        authorization = self.authorization(workspace)
         if authorization is not None:
             headers.append((b"authorization", authorization.encode()))
         use = self._copies.uses.of(workspace.workspace_id)
         return Outgoing(workspace.url, body, headers, self._limits(workspace), lambda: use.heard_at)
 
-    def _authorization(self, workspace: Workspace) -> str | None:
+    def authorization(self, workspace: Workspace) -> str | None:
+        """What this agent knows us by; None: nobody has given us anything."""
         if workspace.agent_authorization:
             return workspace.agent_authorization
         secret = self._settings.delivery_secret
@@ -62,13 +63,19 @@ class Addresser:
         return f"Bearer {delivery_token(secret.get_secret_value(), workspace.workspace_id)}"
 
     def _limits(self, workspace: Workspace) -> Limits:
-        said = workspace.settings.get("session_ceiling_s")
-        ceiling_s = float(said) if said is not None else CEILING_S
+        ceiling_s = _said_s(workspace, "session_ceiling_s", CEILING_S)
+        checkpoint_s = _said_s(workspace, "checkpoint_grace_s", CHECKPOINT_GRACE_S)
+        stop_s = _said_s(workspace, "stop_grace_s", STOP_GRACE_S)
         return _limits(
             self._settings.connect_timeout_s,
             self._settings.forward_idle_s,
-            ceiling_s + CEILING_SLACK_S if ceiling_s else self._settings.forward_max_s,
+            ceiling_s + checkpoint_s + stop_s + SLACK_S if ceiling_s else self._settings.forward_max_s,
         )
+
+
+def _said_s(workspace: Workspace, name: str, default_s: float) -> float:
+    said = workspace.settings.get(name)
+    return float(said) if said is not None else default_s
 
 
 @lru_cache(maxsize=256)

@@ -22,7 +22,7 @@ from services.proxy.decide import Refuse
 from services.proxy.settings import Settings
 from shared import topology
 from shared.broker import NotPublished, Publisher, PublishUnknown
-from shared.facts import FLEET, Priority, QueryAnswered, QueueQuery, ScheduleQuery
+from shared.facts import FLEET, LivenessQuery, Priority, QueryAnswered, QueueQuery, ScheduleQuery
 
 AWAY = Refuse(503, "queue_away", "The queue service does not answer now. Ask again.", retry_after_s=2)
 NOT_YET = Refuse(
@@ -61,7 +61,7 @@ class Found:
 
 
 async def answered(
-    copies: Copies, publisher: Publisher, query: QueueQuery | ScheduleQuery, timeout_s: float
+    copies: Copies, publisher: Publisher, query: QueueQuery | ScheduleQuery | LivenessQuery, timeout_s: float
 ) -> Found | None:
     """What the service that is asked says; None: it does not answer."""
     with copies.queries.asking(query.query_id) as answer:

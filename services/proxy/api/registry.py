@@ -18,8 +18,9 @@ from services.proxy.api.identity import Caller, Identity, digest, display
 from services.proxy.api.outgoing import delivery_token
 from services.proxy.api.wire import ModelT, Refused, Request, Response, answer, validated
 from services.proxy.copies import Copies
+from services.proxy.copies.directives import shape
 from services.proxy.decide import Head, Presence, Refuse, Workspace, admit
-from services.proxy.metrics import HEARTBEATS, INCARNATIONS
+from services.proxy.metrics import DIRECTIVES, HEARTBEATS, INCARNATIONS
 from services.proxy.settings import Settings
 from services.proxy.store import UPTIME_SLACK_S, Audit, Enrolment, Store
 from shared.addresses import AddressRefused, AddressRules, check_url
@@ -108,10 +109,22 @@ class Registrar:
             ],
         )
         use.hear_heartbeat(fact)
+        if fact.acknowledged:
+            self._acknowledge(fact)
         self._publisher.post(fact)
         HEARTBEATS.inc()
         directives = self._directives(workspace)
         return answer(200, {"status": "ok", "directives": directives}) if directives else Response(200, _NO_DIRECTIVES)
+
+    def _acknowledge(self, fact: WorkspaceHeartbeat) -> None:
+        results = {each.directive_id: each.result for each in fact.acknowledged}
+        for directive_id in self._copies.directives.acknowledge(fact.workspace_id, results):
+            log.info(
+                "directive_acknowledged",
+                workspace_id=fact.workspace_id,
+                directive_id=str(directive_id),
+                result=results[directive_id][:100],
+            )
 
     async def update_card(self, request: Request) -> Response:
         caller = await self._identity.require(request)
@@ -127,9 +140,11 @@ class Registrar:
         return answer(200, {"status": "ok", "rev": workspace.rev})
 
     def _directives(self, workspace: Workspace) -> list[dict[str, Any]]:
-        """What is asked of this agent now. Nobody gives directives yet: the scheduler will."""
-        del workspace
-        return []
+        """What is asked of this agent now: told with each beat until it has been acknowledged."""
+        told = self._copies.directives.of(workspace.workspace_id, workspace.incarnation, time.time())
+        for each in told:
+            DIRECTIVES.labels(each.kind.value, "told").inc()
+        return [shape(each) for each in told]
 
     async def _same_life(self, workspace: Workspace, beat: Heartbeat, received_at: float) -> Workspace:
         """The row at the incarnation that this beat belongs to: written only where it is another life."""

@@ -97,7 +97,7 @@ class Situation:
             copy_stale_s=self._settings.copy_stale_s,
             paused=workspace.paused or workspace.desired == "stopped",
             status=status.status if status else None,
-            gate_closed=view.gate_until is not None and view.gate_until > now,
+            gate_closed=view.is_shut(now),
             has_url=bool(workspace.url),
             not_before=_later(view.not_before, own_not_before),
             in_use=use.in_use(now, copy_is_stale=copy_is_stale),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from services.proxy.api.finding import Finding, gone
 from services.proxy.api.forms import Note, Patch
 from services.proxy.api.identity import Identity, display
+from services.proxy.api.sessions import NOT_KNOWN, Sessions, Shown, among
 from services.proxy.api.wire import Refused, Request, Response, answer, validated
 from services.proxy.copies import Copies
 from services.proxy.copies.backlogs import View
@@ -40,6 +42,7 @@ class Workspaces:
         finding: Finding,
         store: Store,
         told: Callable[[], None],
+        sessions: Sessions,
     ) -> None:
         self._settings = settings
         self._copies = copies
@@ -47,6 +50,7 @@ class Workspaces:
         self._finding = finding
         self._store = store
         self._told = told
+        self._sessions = sessions
 
     async def list(self, request: Request) -> Response:
         """Every workspace, by id; `cursor` is the last id of the page before."""
@@ -57,10 +61,11 @@ class Workspaces:
         rows = [row for row in self._copies.registry.all() if row.workspace_id > after and not row.removed]
         page = rows[:limit]
         more = len(rows) > limit
+        named = await self._sessions.of_all() if page else {}
         return answer(
             200,
             {
-                "items": [self._show(row) for row in page],
+                "items": [self._show(row, among(named, row.workspace_id)) for row in page],
                 "next_cursor": page[-1].workspace_id if more else None,
             },
         )
@@ -68,7 +73,7 @@ class Workspaces:
     async def show(self, request: Request, workspace_id: str) -> Response:
         caller = await self._identity.require(request)
         workspace = await self._finding.owned(caller, workspace_id)
-        return answer(200, self._show(workspace))
+        return answer(200, self._show(workspace, await self._sessions.of(workspace_id)))
 
     async def patch(self, request: Request, workspace_id: str) -> Response:
         """Change what is named; the answer is the workspace as it is now."""
@@ -109,7 +114,7 @@ class Workspaces:
         self._told()
         names = sorted({*changes, *changes.get("settings", {})} - {"settings"})
         log.info("workspace_changed", workspace_id=workspace_id, changed=names, rev=workspace.rev)
-        return answer(200, self._show(workspace))
+        return answer(200, self._show(workspace, NOT_KNOWN))  # whoever changes a setting does not ask for them
 
     async def remove(self, request: Request, workspace_id: str) -> Response:
         """Remove it for ever; twice is once."""
@@ -123,7 +128,7 @@ class Workspaces:
             log.info("workspace_removed", workspace_id=workspace_id, rev=workspace.rev)
         return answer(200, {"workspace_id": workspace_id, "status": "removed"})
 
-    def _show(self, workspace: Workspace) -> dict[str, Any]:
+    def _show(self, workspace: Workspace, sessions: Shown) -> dict[str, Any]:
         now = time.time()
         use = self._copies.uses.of(workspace.workspace_id)
         view = self._copies.backlogs.view(workspace.workspace_id)
@@ -147,11 +152,8 @@ class Workspaces:
             "pause_note": workspace.pause_note,
             "desired": workspace.desired,
             "has_agent_authorization": workspace.agent_authorization is not None,
-            "sessions": [
-                {"session_id": each.session_id, "kind": "delivery", "started_at": each.started_at.isoformat()}
-                for each in view.running
-            ]
-            + [{"session_id": each, "kind": "live_forward"} for each in use.own],
+            "gate_until": _moment(view.gate_until) if view.is_shut(now) else None,
+            **sessions,
             "queue": _line(view, self._copies.keeps.promises(workspace.workspace_id), now),
         }
 
@@ -181,6 +183,10 @@ def _line(view: View, promises: Collection[Keep], now: float) -> dict[str, Any]:
         "oldest_age_s": round(max(0.0, now - min(since)), 3) if since else None,
         "turn_s": view.turn_s,
     }
+
+
+def _moment(at: float | None) -> str | None:
+    return datetime.fromtimestamp(at, UTC).isoformat() if at is not None else None
 
 
 def _limit(said: str | None) -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from services.proxy.copies.applied import Applied
 from services.proxy.copies.backlogs import Backlogs
+from services.proxy.copies.calls import Calls
+from services.proxy.copies.directives import Directives
 from services.proxy.copies.flights import Flights
 from services.proxy.copies.keeps import Keeps
 from services.proxy.copies.owners import Owners
@@ -16,7 +18,9 @@ from services.proxy.copies.queries import Queries
 from services.proxy.copies.registry import Registry
 from services.proxy.copies.uses import Uses
 
-__all__ = ["Applied", "Backlogs", "Copies", "Flights", "Keeps", "Owners", "Queries", "Registry", "Uses"]
+__all__ = [
+    "Applied", "Backlogs", "Calls", "Copies", "Directives", "Flights", "Keeps", "Owners", "Queries", "Registry", "Uses",
+]  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -31,6 +35,8 @@ class Copies:
     owners: Owners = field(default_factory=Owners)
     queries: Queries = field(default_factory=Queries)
     applied: Applied = field(default_factory=Applied)
+    directives: Directives = field(default_factory=Directives)
+    calls: Calls = field(default_factory=Calls)
     uses: Uses = field(init=False)
 
     def __post_init__(self) -> None:

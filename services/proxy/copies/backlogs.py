@@ -28,11 +28,16 @@ class View:
     gate_until: float | None = None
     """Until when no forward may begin, whatever else is heard."""
     gate_generation: int = 0
+    """The youngest closing that was heard of."""
     not_before: float | None = None
     running: tuple[Running, ...] = ()
     by_priority: Mapping[Priority, int] = field(default_factory=dict)
     oldest_at: float | None = None
     turn_s: float | None = None
+
+    def is_shut(self, now: float) -> bool:
+        """Whether the gate is closed: also where nothing has been heard for long, until the moment that was said."""
+        return self.gate_until is not None and self.gate_until > now
 
 
 NOTHING = View()
@@ -51,6 +56,8 @@ class Backlogs:
     """Of the last complete snapshot; None: there never was one, so nothing is known."""
     unbroken_since: float = 0.0
     """Of the first snapshot after the last gap: what was kept before it may be read only now."""
+    closings: set[str] = field(default_factory=set)
+    """Workspaces of whose gate a new closing was heard, and not told yet that it was."""
     _views: dict[str, View] = field(default_factory=dict)
     _partial: dict[UUID, _Partial] = field(default_factory=dict)
 
@@ -85,8 +92,15 @@ class Backlogs:
         changed = [name for name, each in named.items() if self._apply(name, each, rev=each.rev, at=at)]
         for name, view in self._views.items():
             if name not in named and view.at < at and _says_something(view):
-                # Its rev stays, so that a late change from before the snapshot is still old.
-                self._views[name] = View(rev=view.rev, at=at, turn_s=view.turn_s)
+                # Its rev stays, so that a late change from before the snapshot is still old. So does the gate, which
+                # others go by: a snapshot may have been read just before the closing that we have told of.
+                self._views[name] = View(
+                    rev=view.rev,
+                    at=at,
+                    gate_until=view.gate_until,
+                    gate_generation=view.gate_generation,
+                    turn_s=view.turn_s,
+                )
                 changed.append(name)
         if self.snapshot_at is not None and at - self.snapshot_at > GAP_S:
             self.unbroken_since = at
@@ -99,6 +113,8 @@ class Backlogs:
             if rev == known.rev and at > known.at:
                 self._views[workspace_id] = replace(known, at=at)
             return False
+        if said.gate_until is not None and said.gate_generation > (known.gate_generation if known else 0):
+            self.closings.add(workspace_id)
         self._views[workspace_id] = View(
             rev=rev,
             at=at,
@@ -115,4 +131,4 @@ class Backlogs:
 
 
 def _says_something(view: View) -> bool:
-    return bool(view.waiting or view.running or view.gate_until or view.not_before)
+    return bool(view.waiting or view.running or view.not_before)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from services.proxy.copies.backlogs import View
 from shared.capacity import FORWARDS_FRESH_S, Beat, counts_as_ended, in_use
-from shared.facts import Ended, ProxyBeat, Running, WorkspaceHeartbeat
+from shared.facts import FLEET, Ended, ProxyBeat, Running, WorkspaceHeartbeat
 
 ENDED_KEEP_S = 60.0
 _PEER_KEEP_S = 4 * FORWARDS_FRESH_S
@@ -34,8 +34,17 @@ class LiveForward:
 
     workspace_id: str
     session_id: str
+    """What its agent got as X-Bide-Session, and what beats name it by."""
     key_hash: bytes
     started_at: float
+    method: str = ""
+    """As its caller wrote it: the dialect in which its agent is asked to cancel it."""
+    task_id: str | None = None
+    """The agent's own Task for it, once it has named one."""
+    stop_reason: str | None = None
+    """Why it was told to stop; None: it was not."""
+    is_canceled: bool = False
+    """Its agent was asked to cancel it, or is being asked."""
 
 
 @dataclass(slots=True)
@@ -194,7 +203,12 @@ class Uses:
         self.changed: set[str] = set()
         """Workspaces whose forwards have changed since they were told."""
         self.lively: dict[str, float] = {}
-        """Workspaces with live forwards, or with ones that ended lately → when the last beat about them left."""
+        """Workspaces of which beats are sent, changed or not → when the last one left: those with live forwards, or
+        with ones that ended lately, or with a closed gate."""
+        self.to_cancel: list[LiveForward] = []
+        """Stopped, and of a Task that is known: their agents are to be asked."""
+        self.wake: Callable[[], None] = lambda: None
+        """Called when there is something to cancel."""
 
     def of(self, workspace_id: str) -> Use:
         found = self._uses.get(workspace_id)
@@ -219,6 +233,36 @@ class Uses:
             use.ended_since += 1
         self.changed.add(forward.workspace_id)
 
+    def stop(self, workspace_id: str, session_id: str, reason: str) -> LiveForward | None:
+        """Mark a live forward as one that is to end; None: it is none of ours, or was marked before.
+
+        It goes on to its natural end. Said again, its agent is asked again only where nothing reached it before.
+        """
+        use = self._uses.get(workspace_id)
+        forward = use.own.get(session_id) if use is not None else None
+        if forward is None:
+            return None
+        first = forward.stop_reason is None
+        forward.stop_reason = forward.stop_reason or reason
+        self._cancel(forward)
+        return forward if first else None
+
+    def name_task(self, forward: LiveForward, task_id: str) -> None:
+        """Its agent has named its Task."""
+        forward.task_id = task_id
+        if forward.stop_reason is not None:
+            self._cancel(forward)
+
+    def _cancel(self, forward: LiveForward) -> None:
+        if forward.task_id is None or forward.is_canceled:
+            return
+        forward.is_canceled = True
+        self.to_cancel.append(forward)
+        self.wake()
+
+    def is_live(self, forward: LiveForward) -> bool:
+        return self.of(forward.workspace_id).own.get(forward.session_id) is forward
+
     def running(self) -> int:
         return sum(len(self._uses[name].own) for name in self.lively.keys() | self.changed)
 
@@ -227,7 +271,12 @@ class Uses:
         while ended and ended[0].ended_at < now - ENDED_KEEP_S:
             ended.popleft()
 
-    def beat(self, workspace_id: str, gate_generation: int, now: float) -> ProxyBeat:
+    def fleet_beat(self) -> ProxyBeat:
+        """Say that this replica lives."""
+        self._rev += 1
+        return ProxyBeat(workspace_id=FLEET, rev=self._rev, proxy_id=self._replica_id)
+
+    def beat(self, workspace_id: str, view: View, now: float) -> ProxyBeat:
         """This replica's part of the beat for one workspace, under the next number."""
         self.forget_ended(workspace_id, now)
         use = self.of(workspace_id)
@@ -246,7 +295,8 @@ class Uses:
                 )
                 for each in use.ended
             ],
-            gate_generation=gate_generation,
+            gate_generation=view.gate_generation,
+            gate_until=_moment(view.gate_until) if view.gate_until is not None and view.is_shut(now) else None,
         )
 
 

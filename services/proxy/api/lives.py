@@ -1,0 +1,89 @@
+"""The lives of an agent, for operators: what liveness has seen and done, and a restart by hand."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from uuid_utils.compat import uuid7
+
+from services.proxy.api.finding import Finding
+from services.proxy.api.identity import Caller, Identity
+from services.proxy.api.questions import answered
+from services.proxy.api.queue import page_limit, passed
+from services.proxy.api.sessions import why
+from services.proxy.api.wire import Request, Response
+from services.proxy.copies import Copies
+from services.proxy.decide import Refuse
+from services.proxy.settings import Settings
+from services.proxy.store import Audit, Store
+from shared import topology
+from shared.broker import Publisher
+from shared.facts import LivenessQuery, QueryAnswered
+from shared.telemetry import log
+
+AWAY = Refuse(503, "liveness_away", "The liveness service does not answer now. Ask again.", retry_after_s=2)
+
+
+class Lives:
+    """The routes, bound to what they touch."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        copies: Copies,
+        *,
+        identity: Identity,
+        finding: Finding,
+        store: Store,
+        publisher: Publisher,
+    ) -> None:
+        self._settings = settings
+        self._copies = copies
+        self._identity = identity
+        self._finding = finding
+        self._store = store
+        self._publisher = publisher
+        self._reply_to = topology.route(QueryAnswered, "proxy").queue(settings.replica_id)
+
+    async def restart(self, request: Request, workspace_id: str) -> Response:
+        """End its container and start it anew. Said again while it is being restarted, it is the same restart."""
+        caller = await self._operator(request, workspace_id)
+        reason = why(await request.body(self._settings.body_bytes_max, self._settings.body_read_s))
+        await self._store.record(workspace_id, Audit(caller.caller_id, "restart", {"reason": reason}))
+        log.info("verb_said", action="restart", caller_id=caller.caller_id, workspace_id=workspace_id)
+        return await self._ask(workspace_id, "restart", caller, note=reason or "")
+
+    async def history(self, request: Request, workspace_id: str) -> Response:
+        """Evidence, verdicts and restarts, the newest first."""
+        caller = await self._operator(request, workspace_id)
+        return await self._ask(workspace_id, "history", caller, limit=page_limit(request.query().get("limit")))
+
+    async def _operator(self, request: Request, workspace_id: str) -> Caller:
+        caller = await self._identity.require_operator(request)
+        await self._finding.owned(caller, workspace_id)
+        return caller
+
+    async def _ask(
+        self,
+        workspace_id: str,
+        verb: Literal["history", "restart"],
+        caller: Caller,
+        *,
+        note: str = "",
+        limit: int = 50,
+    ) -> Response:
+        timeout_s = self._settings.query_timeout_s
+        query = LivenessQuery(
+            workspace_id=workspace_id,
+            rev=0,
+            query_id=uuid7(),
+            verb=verb,
+            note=note,
+            by=caller.caller_id,
+            limit=limit,
+            expires_at=datetime.now(UTC) + timedelta(seconds=timeout_s),
+            reply_to=self._reply_to,
+        )
+        found = await answered(self._copies, self._publisher, query, timeout_s)
+        return passed(found if found is not None else AWAY)
