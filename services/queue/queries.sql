@@ -311,16 +311,18 @@ WHERE q.queue_id = ANY($1::uuid[]) AND (q.cancel_at IS NOT NULL OR q.schedule_id
 -- name: stop_items
 -- Fenced by delivery_no. Said again, only that it was: the first word counts, and a hang-up is for good.
 WITH said AS (
-  SELECT * FROM unnest($1::uuid[], $2::int[], $3::text[], $4::boolean[]) AS s(queue_id, delivery_no, reason, hangs_up)),
+  SELECT * FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::boolean[])
+    AS s(queue_id, delivery_no, workspace_id, reason, hangs_up)),
 mine AS (
   SELECT q.queue_id, q.first, said.reason, said.hangs_up FROM (SELECT * FROM said ORDER BY queue_id) said
   CROSS JOIN LATERAL (
     SELECT queue_id, stop_at IS NULL AS first FROM a2a_queue
     WHERE queue_id = said.queue_id AND status = 'dispatched' AND delivery_no = said.delivery_no
+      AND workspace_id = said.workspace_id
     LIMIT 1 FOR NO KEY UPDATE) q)
-UPDATE a2a_queue q SET stop_at = coalesce(q.stop_at, $5, clock_timestamp()),
-  stop_heard_at = coalesce($5, clock_timestamp()), stop_reason = coalesce(q.stop_reason, mine.reason),
-  hang_up_at = CASE WHEN mine.hangs_up THEN coalesce(q.hang_up_at, $5, clock_timestamp()) ELSE q.hang_up_at END,
+UPDATE a2a_queue q SET stop_at = coalesce(q.stop_at, $6, clock_timestamp()),
+  stop_heard_at = coalesce($6, clock_timestamp()), stop_reason = coalesce(q.stop_reason, mine.reason),
+  hang_up_at = CASE WHEN mine.hangs_up THEN coalesce(q.hang_up_at, $6, clock_timestamp()) ELSE q.hang_up_at END,
   rev = q.rev + 1
 FROM mine WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FROM mine)) AND q.queue_id = mine.queue_id
 RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.stop_reason, mine.first

@@ -1,7 +1,7 @@
 """The gate of a workspace: closed while a session there is being ended, so that nothing begins under the kill.
 
-It is a set of sessions, each of them in it until a moment that is renewed. It opens when the last has left, and by itself
-when nobody renews it. That it is closed everywhere is known only once each proxy that lives has said so.
+It is a set of sessions, each of them in it until a moment that is renewed. It opens when the last has left, and by
+itself when nobody renews it. That it is closed everywhere is known only once each proxy that lives has said so.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def in_gate(workspace: Workspace, now: float) -> list[str]:
 
 
 def closed_until(workspace: Workspace, proxies: Collection[str], now: float) -> float | None:
-    """Until when nothing begins there, by the queue's word and that of each of these proxies; None: one has not seen it.
+    """Until when nothing begins there, by the queue's word and each of these proxies'; None: one has not seen it closed.
 
     Where no proxy is known nobody can say it: their beats may only not have come through.
     """

@@ -1,7 +1,7 @@
 -- Before: a workspace is open or shut by itself, and a delivery ends when its agent ends it.
 -- After: a gate that is kept closed while a session there is being ended, stops of deliveries, which proxies live, and
 -- what a snapshot names although nothing of ours waits or runs there.
--- Safe while the old code runs: it names its columns, and only does not know of gates and stops yet.
+-- Safe while the old code runs as long as no scheduler that ends sessions does: it could send back what was told to stop.
 
 ALTER TABLE workspaces
   -- session → [rev of the last word about it, until, whether it has left]

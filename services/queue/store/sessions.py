@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import astuple, dataclass
 from datetime import datetime
 from uuid import UUID
 
 from services.queue.store.statements import SQL, columns
 from shared.database import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A delivery that is to stop, and whether its owner hangs up."""
+
+    queue_id: UUID
+    delivery_no: int
+    workspace_id: str
+    reason: str
+    hangs_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +33,10 @@ class Stopped:
     first: bool
 
 
-async def stop(
-    connection: Connection, wanted: Sequence[tuple[UUID, int, str, bool]], now: datetime | None = None
-) -> list[Stopped]:
-    """Stop deliveries, fenced: `(queue_id, delivery_no, reason, whether the owner hangs up)`; return what runs of them.
-
-    The caller holds the workspaces' locks. No item stands twice.
-    """
-    rows = await connection.fetch(SQL["stop_items"], *columns(wanted), now) if wanted else []
+async def stop(connection: Connection, wanted: Iterable[Stop], now: datetime | None = None) -> list[Stopped]:
+    """Stop deliveries, fenced; return what runs of them. The caller holds the workspaces' locks; none stands twice."""
+    values = [astuple(each) for each in wanted]
+    rows = await connection.fetch(SQL["stop_items"], *columns(values), now) if values else []
     return [Stopped(**row) for row in rows]
 
 
