@@ -11,17 +11,21 @@ from services.queue.drain import Drain
 from services.queue.handlers import Handlers
 from services.queue.history import History
 from services.queue.loops import Loops
+from services.queue.sessions import Sessions
 from services.queue.settings import Settings
 from services.queue.ticks import Ticks
 from shared.addresses import AddressRules
 from shared.agents import Agents
 from shared.database import open_pool
 from shared.facts import (
+    KillDone,
     MessageBusy,
     ProxyBeat,
     QueueQuery,
     ScheduleChanged,
     ScheduleTick,
+    SessionGate,
+    SessionStop,
     WorkspaceChanged,
     WorkspaceHeartbeat,
     WorkspaceRegistered,
@@ -40,6 +44,7 @@ async def main(settings: Settings) -> None:
         drain = Drain(settings, service.pool, service.publisher, agents, told=service.relay.wake)
         handlers = Handlers(settings, service.publisher, drain)
         ticks = Ticks(service.publisher, drain)
+        sessions = Sessions(settings, service.publisher, drain)
         loops = Loops(settings, service.pool, own, service.publisher, drain)
         answers = Answers(service.publisher, drain, loops.snapshots.wake)
         service.reader.store(MessageBusy, handlers.message_busy, aside=end_unreadable)
@@ -51,6 +56,9 @@ async def main(settings: Settings) -> None:
         service.reader.store(QueueQuery, answers.query)
         service.reader.store(ScheduleChanged, ticks.changed)
         service.reader.store(ScheduleTick, ticks.fired, aside=settle_unreadable)
+        service.reader.store(SessionGate, sessions.gate)
+        service.reader.store(SessionStop, sessions.stop)
+        service.reader.store(KillDone, sessions.kill_done)
         service.reader.store_undeliverable()
         await loops.beat()  # a delivery of ours must never stand without an owner that beats
         try:

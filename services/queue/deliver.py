@@ -21,15 +21,20 @@ import asyncpg
 from services.queue.decide import Item, Reply
 from services.queue.settings import Settings
 from shared.a2a import Envelope, Verb, parse
-from shared.agents import AgentError, Agents, Limits
+from shared.agents import AgentError, Agents, Exchange, Limits
 from shared.facts import EvidenceKind
-from shared.replies import Answer, Fault, Outcome, Verdict, classify
+from shared.replies import Answer, Outcome, Verdict, classify
 from shared.results import read_result
 from shared.telemetry import log
 
 CEILING_SLACK_S = 120 + 30 + 60
 """Grace of the checkpoint, grace of the stop, and a sweep: what a turn may outlast its ceiling by."""
 CANCEL_TIMEOUT_S = 10.0
+"""A cancel that does not return by then is over: there are servers that wait in it for the end of the turn (C-K11)."""
+POLL_TIMEOUT_S = 30.0
+STOP_HEARD_S = 60.0
+"""Who has a session ended says so every 10 s. Once he has been quiet for this long, the longest turn counts again."""
+_UNBOUNDED_S = 1e9
 _NO_SUCH_TASK = -32001
 
 
@@ -43,6 +48,8 @@ class Ending:
     error: str | None = None
     retry_after_s: float | None = None
     evidence: EvidenceKind | None = None
+    task_canceled: bool = False
+    """The answer is a Task that was canceled."""
 
 
 _REPLIES: dict[Outcome, Reply] = {
@@ -62,7 +69,10 @@ TaskKnown = Callable[[Item, str], Awaitable[None]]
 
 
 class Delivery:
-    """One item on its way. `run` comes back with its ending; `cancel` asks the agent to stop."""
+    """One item on its way. `run` comes back with its ending; `ask_cancel` and `ask_stop` have the agent asked to end.
+
+    Whatever is asked of the agent, the connection stays: only `hang_up` and the longest turn end it from here.
+    """
 
     def __init__(self, agents: Agents, settings: Settings, item: Item, *, last_life: Callable[[], float]) -> None:
         self.item = item
@@ -70,35 +80,101 @@ class Delivery:
         self._settings = settings
         self._last_life = last_life
         self._task_id = item.agent_task_id
-        self._cancel_asked = item.cancel_requested
-        self._cancel_sent = False
+        self._cancel_owed = item.cancel_requested
+        """Somebody wants it canceled, and the agent has not been told."""
+        self._stop_asked = False
+        self._asked = asyncio.Event()
+        self._hung_up: Ending | None = None
         self._task_known: TaskKnown | None = None
         self._envelope = parse(item.body)
-        self._begun = time.monotonic()  # not the row's moment, which is another clock's
+        self._exchange: Exchange | None = None
+        self._heard_at = time.monotonic()
+        self._clock = asyncio.get_running_loop().time
+        self._begun = self._clock()  # not the row's moment, which is another clock's
+        self._until = self._begun + self._longest_s()
+        self._bound: asyncio.Timeout | None = None
 
     async def run(self, task_known: TaskKnown) -> Ending:
-        """Deliver; an accepted Task is followed to its end, within the ceiling."""
+        """Deliver; an accepted Task is followed to its end, within the longest turn."""
+        bound = asyncio.timeout_at(self._until)
+        try:
+            async with bound:
+                self._bound = bound
+                return await self._run(task_known)
+        except TimeoutError:
+            if not bound.expired():
+                raise
+        finally:
+            self._bound = None
+        if self._hung_up is not None:
+            return replace(self._hung_up, item=self.item)
+        # To send it again would only begin another turn of the longest length.
+        return Ending(self.item, "ceiling", error="It did not end within the longest time that a turn may take.")
+
+    async def _run(self, task_known: TaskKnown) -> Ending:
         if self._task_id is not None:
             followed = await self._follow(self._task_id)
             if followed is not None:
                 return followed
+            if self._stop_asked:
+                return self._task_gone()
             self._task_id = None
         verdict, answer = await self._call(_unary(self._envelope))
         if verdict.outcome is not Outcome.ACCEPTED or verdict.agent_task_id is None:
             return self._ending(verdict, answer)
         self._task_id = verdict.agent_task_id
         self._task_known = task_known
-        return await self._follow(self._task_id) or Ending(
-            self.item, "unknown", error="the agent no longer has the task"
-        )
+        return await self._follow(self._task_id) or self._task_gone()
 
     def moved(self, url: str, agent_authorization: str | None) -> None:
         """Take over where the agent is now: its task is asked for there."""
         self.item = replace(self.item, url=url, agent_authorization=agent_authorization)
 
+    def bound(self, ceiling_s: float) -> None:
+        """Take over its ceiling as it is now; a lowered one leaves the time in which a session is ended (C-K9)."""
+        if ceiling_s == self.item.ceiling_s:
+            return
+        self.item = replace(self.item, ceiling_s=ceiling_s)
+        self._reschedule(max(self._begun + self._longest_s(), self._clock() + CEILING_SLACK_S))
+
     def ask_cancel(self) -> None:
         """Remember that somebody wants it canceled; the agent is told when its task id is known."""
-        self._cancel_asked = True
+        if not self.item.cancel_requested:
+            self.item = replace(self.item, cancel_requested=True)
+            self._owe_cancel()
+
+    def ask_stop(self, *, heard_age_s: float = 0.0) -> None:
+        """Have the agent asked to end it, also if it was asked before; `heard_age_s` ago that was said last.
+
+        While it is being said the longest turn does not count: what ends the session knows better (policies §2).
+        """
+        if not self._stop_asked:
+            self._stop_asked = True
+            self._owe_cancel()
+        self._reschedule(max(self._until, self._clock() + STOP_HEARD_S - heard_age_s))
+
+    def hang_up(self, reply: Reply, error: str) -> None:
+        """Let go of the connection: it has come to `reply`."""
+        if self._hung_up is None:
+            self._hung_up = Ending(self.item, reply, error=error)
+            self._reschedule(self._clock())
+
+    def silent_s(self) -> float:
+        """How long no byte has come."""
+        seen_at = self._exchange.seen_at if self._exchange is not None else 0.0
+        return time.monotonic() - max(self._heard_at, seen_at)
+
+    def _owe_cancel(self) -> None:
+        self._cancel_owed = True
+        self._asked.set()
+
+    def _reschedule(self, until: float) -> None:
+        self._until = until
+        if self._bound is not None and not self._bound.expired():
+            self._bound.reschedule(until)
+
+    def _task_gone(self) -> Ending:
+        return Ending(self.item, "unknown", error="the agent no longer has the task")
 
     @property
     def task_id(self) -> str | None:
@@ -107,28 +183,28 @@ class Delivery:
     def _ending(self, verdict: Verdict, answer: bytes | None) -> Ending:
         # A Task that was accepted without an id cannot be followed.
         reply = _REPLIES.get(verdict.outcome, "unknown")
-        if reply == "unknown" and verdict.reason == Fault.TOTAL_TIMEOUT:
-            reply = "ceiling"  # we ended it: to send it again would only begin another turn of the longest length
         kept = answer if reply in {"delivered", "refused", "failed_attempt"} else None
         error = None if reply == "delivered" else verdict.text
-        return Ending(self.item, reply, kept, error, verdict.retry_after_s, verdict.evidence)
+        canceled = verdict.task_state == "canceled"
+        return Ending(self.item, reply, kept, error, verdict.retry_after_s, verdict.evidence, task_canceled=canceled)
 
     async def _follow(self, task_id: str) -> Ending | None:
         """Ask for the task until it has ended; None: the agent does not know it. A failed poll says nothing."""
         pause_s = self._settings.follow_min_s
-        deadline = self._begun + self._longest_s()
-        while time.monotonic() < deadline:
+        while True:
             await self._tell_task(task_id)
-            if self._cancel_asked and not self._cancel_sent:
+            self._asked.clear()
+            if self._cancel_owed:
                 await self._send_cancel(task_id)
-            verdict, answer = await self._call(_about(self._envelope, "get", task_id))
+            verdict, answer = await self._call(_about(self._envelope, "get", task_id), within_s=POLL_TIMEOUT_S)
             if verdict.outcome is Outcome.DELIVERED:
                 return self._ending(verdict, answer)
             if answer is not None and read_result(answer).error_code == _NO_SUCH_TASK:
                 return None
-            await asyncio.sleep(pause_s)  # the agent's own pace; the interval is a setting
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):  # the agent's own pace; the interval is a setting
+                    await self._asked.wait()
             pause_s = min(self._settings.follow_max_s, pause_s * 1.5)
-        return Ending(self.item, "ceiling", error="the task did not end within the longest turn")
 
     async def _tell_task(self, task_id: str) -> None:
         """Have the task id written, so that another replica could follow it; as often as it takes."""
@@ -142,15 +218,15 @@ class Delivery:
             self._task_known = None
 
     async def _send_cancel(self, task_id: str) -> None:
-        self._cancel_sent = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CANCEL_TIMEOUT_S):
-                verdict, _ = await self._call(_about(self._envelope, "cancel", task_id))
-                log.info("cancel_forwarded", queue_id=str(self.item.queue_id), outcome=verdict.outcome.value)
+        """Once for each who asked, but again where it did not reach the agent."""
+        self._cancel_owed = False
+        verdict, _ = await self._call(_about(self._envelope, "cancel", task_id), within_s=CANCEL_TIMEOUT_S)
+        log.info("cancel_forwarded", queue_id=str(self.item.queue_id), outcome=verdict.outcome.value)
+        self._cancel_owed = self._cancel_owed or verdict.outcome is Outcome.NOT_DELIVERED
 
-    async def _call(self, body: bytes) -> tuple[Verdict, bytes | None]:
+    async def _call(self, body: bytes, *, within_s: float = _UNBOUNDED_S) -> tuple[Verdict, bytes | None]:
         """One request to the agent: what it means, and the answer's bytes."""
-        limits = Limits(idle_timeout_s=self._settings.forward_idle_s, total_timeout_s=self._longest_s())
+        limits = Limits(idle_timeout_s=min(self._settings.forward_idle_s, within_s), total_timeout_s=within_s)
         try:
             exchange = await self._agents.send(
                 self.item.url,
@@ -160,10 +236,14 @@ class Delivery:
                 last_life=self._last_life,
                 fresh=self.item.at_most_once,
             )
+            self._exchange = exchange
             async with exchange:
                 answer = await exchange.read(self._settings.answer_bytes_max)
         except AgentError as error:
             return classify(error.outcome, now=datetime.now(UTC)), None
+        finally:
+            if self._exchange is not None:
+                self._heard_at, self._exchange = max(self._heard_at, self._exchange.seen_at), None
         return classify(Answer(exchange.status, exchange.headers, answer), now=datetime.now(UTC)), answer
 
     def _longest_s(self) -> float:

@@ -20,6 +20,7 @@ from services.queue import decide, fires, store
 from services.queue.backlogs import read_backlogs
 from services.queue.decide import Finish, Item, Requeue, Workspace
 from services.queue.deliver import Delivery, Ending
+from services.queue.evidence import Evidence
 from services.queue.metrics import DELIVERIES, ENDED, REQUEUES, RUNNING, STARVATION_TURNS, WAIT, WAITED
 from services.queue.settings import Settings
 from services.queue.store import SQL, Settled
@@ -68,6 +69,7 @@ class Drain:
         self._publisher = publisher
         self._agents = agents
         self._told = told
+        self._evidence = Evidence()
         self._ready: dict[str, None] = {}
         self._endings: dict[tuple[str, int], Ending] = {}
         self._beats: dict[str, float] = {}
@@ -223,23 +225,29 @@ class Drain:
     async def _settle(
         self, connection: Connection, endings: Sequence[Ending], workspaces: Mapping[str, Workspace]
     ) -> list[Settled]:
-        """Give each ending its fate; whether an item is to end counts only where it would go back."""
-        back = [ending.item.queue_id for ending in endings if decide.may_go_back(ending.reply)]
-        canceled = await fires.instead(connection, back)
+        """Give each ending its fate; what else is wanted of an item counts only where no real answer has come."""
+        open_ = [
+            ending.item.queue_id
+            for ending in endings
+            if decide.may_have_been_stopped(ending.reply, task_canceled=ending.task_canceled)
+        ]
+        instead = await fires.instead(connection, open_)
         return [
-            self._settled(each, workspaces[each.item.workspace_id], canceled.get(each.item.queue_id))
+            self._settled(each, workspaces[each.item.workspace_id], instead.get(each.item.queue_id, fires.NOTHING))
             for each in endings
         ]
 
-    def _settled(self, ending: Ending, workspace: Workspace, canceled: str | None) -> Settled:
+    def _settled(self, ending: Ending, workspace: Workspace, instead: fires.Instead) -> Settled:
         item = ending.item
         fate = decide.fate(
             ending.reply,
             attempts=item.attempts,
             deaths=item.deaths,
             at_most_once=item.at_most_once,
-            cancel_requested=canceled is not None or item.cancel_requested,
-            canceled_as=canceled or "canceled",
+            cancel_requested=instead.canceled_as is not None or item.cancel_requested,
+            canceled_as=instead.canceled_as or "canceled",
+            stopped_for=instead.stopped_for,
+            task_canceled=ending.task_canceled,
             critical_waits=workspace.waiting_critical > 0,
             attempts_max=self._settings.attempts_max,
             deaths_max=self._settings.deaths_max,
@@ -288,6 +296,8 @@ class Drain:
             outcome=ending.reply,
             error=ending.error,
         )
+        if (fact := self._evidence.of(ending)) is not None:
+            self._publisher.post(fact)
         self.settle(ending)
 
     async def _task_known(self, item: Item, task_id: str) -> None:

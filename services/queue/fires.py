@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from uuid import UUID
 
+import asyncpg
+
 from services.queue import decide, store
 from services.queue.decide import Item, Schedule, Tick, Workspace
 from services.queue.metrics import ENDED, TICKS
@@ -100,17 +102,31 @@ def settled(
     )
 
 
-async def instead(connection: Connection, queue_ids: Sequence[UUID]) -> dict[UUID, str]:
-    """Of items that would go back: as what they end instead. Somebody canceled it, or its schedule runs no more."""
-    reasons: dict[UUID, str] = {}
-    for row in await store.ending_instead(connection, queue_ids):
-        if row["canceled"]:
-            reasons[row["queue_id"]] = "canceled"
-        elif row["agent_task_id"] is None:  # else it is not sent again, but followed
-            schedule = Schedule(row["schedule_id"], row["rev"], paused=row["paused"], deleted=row["deleted"])
-            if (reason := decide.withdrawn(schedule, row["rev_needed"])) is not None:
-                reasons[row["queue_id"]] = reason
-    return reasons
+@dataclass(frozen=True, slots=True)
+class Instead:
+    """What else is wanted of an item than that it goes back."""
+
+    canceled_as: str | None = None
+    stopped_for: str | None = None
+
+
+NOTHING = Instead()
+
+
+async def instead(connection: Connection, queue_ids: Sequence[UUID]) -> dict[UUID, Instead]:
+    """Of items that have no real answer: it was told to stop, somebody canceled it, its schedule runs no more."""
+    return {row["queue_id"]: _instead(row) for row in await store.ending_instead(connection, queue_ids)}
+
+
+def _instead(row: asyncpg.Record) -> Instead:
+    if row["stop_reason"] is not None:
+        return Instead(stopped_for=row["stop_reason"])
+    if row["canceled"]:
+        return Instead("canceled")
+    if row["agent_task_id"] is not None:  # it is not sent again, but followed
+        return NOTHING
+    schedule = Schedule(row["schedule_id"], row["rev"], paused=row["paused"], deleted=row["deleted"])
+    return Instead(decide.withdrawn(schedule, row["rev_needed"]))
 
 
 @dataclass(slots=True)

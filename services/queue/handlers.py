@@ -15,6 +15,7 @@ from services.queue import decide, store
 from services.queue.backlogs import read_backlogs
 from services.queue.decide import Forwards, Workspace
 from services.queue.drain import Drain
+from services.queue.gates import closed_gates
 from services.queue.metrics import ENDED, ENQUEUED
 from services.queue.settings import Settings
 from services.queue.store import Known, Locked, key_of
@@ -22,6 +23,7 @@ from shared import outbox
 from shared.broker import Publisher
 from shared.database import Connection
 from shared.facts import (
+    FLEET,
     Fact,
     ItemChanged,
     ItemKept,
@@ -103,13 +105,24 @@ class Handlers:
         return tell
 
     async def proxy_beats(self, connection: Connection, facts: Sequence[ProxyBeat]) -> Tell:
-        """Apply the newest beat of each proxy for each workspace: what it forwards live right now."""
-        newest = _newest(facts, lambda fact: (fact.workspace_id, fact.proxy_id), lambda fact: fact.rev)
+        """Apply the newest beat of each proxy for each workspace: what it forwards live, and what gate it has seen."""
+        silent_s = self.settings.proxy_silent_s
+        alive = sorted({fact.proxy_id for fact in facts if fact.workspace_id == FLEET})
+        about = [fact for fact in facts if fact.workspace_id != FLEET]
+        newest = _newest(about, lambda fact: (fact.workspace_id, fact.proxy_id), lambda fact: fact.rev)
         before = await store.lock(connection, {name for name, _ in newest})
+        await store.beat_proxies(connection, alive, silent_s)
         after = _hear_beats(before, list(newest.values()))
         await store.save(connection, before, after)
         backlogs = await self._backlogs(connection, before, after)
-        return lambda: self._tell(backlogs, after)
+        shut = await closed_gates(connection, after, before.now, silent_s=silent_s, unless=before)
+
+        def tell() -> None:
+            for fact in shut:
+                self.publisher.post(fact)
+            self._tell(backlogs, after)
+
+        return tell
 
     async def registered(self, connection: Connection, facts: Sequence[WorkspaceRegistered]) -> Tell:
         """Take over what the registry says (WorkspaceRegistered and WorkspaceChanged)."""
@@ -182,6 +195,8 @@ def _hear_beats(before: Mapping[str, Workspace], beats: Sequence[ProxyBeat]) -> 
                 for each in beat.ended
                 if each.outcome not in {"busy", "not_delivered"}
             ),
+            generation=beat.gate_generation,
+            gate_until=beat.gate_until.timestamp() if beat.gate_until is not None else None,
         )
         after[beat.workspace_id] = decide.hear_forwards(after[beat.workspace_id], beat.proxy_id, forwards)
     return after

@@ -7,17 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 from uuid_utils.compat import uuid7
 
 from services.queue import decide, fires, store
-from services.queue.backlogs import backlogs
+from services.queue.backlogs import backlogs, forwards, moment
 from services.queue.decide import Workspace
-from services.queue.deliver import Ending
+from services.queue.deliver import Delivery, Ending
 from services.queue.drain import Drain
-from services.queue.metrics import DEPTH, ENDED, OLDEST, OWNERS_LOST, RECONCILED
+from services.queue.metrics import DEPTH, ENDED, GATES_CLOSED, OLDEST, OWNERS_LOST, RECONCILED
 from services.queue.settings import Settings
 from services.queue.store import PRIORITY_OF, SQL
 from shared import outbox
@@ -167,6 +168,7 @@ class Loops:
                 self.drain.settle(Ending(item, "owner_died", error="the replica that delivered it died"))
             self._lost_after = lost[-1].queue_id if len(lost) == _PAGE else None
             await self.pool.execute(SQL["forget_replicas"], silent_s * 10)
+            await self.pool.execute(SQL["forget_proxies"], self.settings.proxy_silent_s)
         return 0.0 if self._lost_after else self.settings.owner_beat_s
 
     async def leave(self) -> None:
@@ -176,11 +178,11 @@ class Loops:
         except Exception as error:  # noqa: BLE001 - while Postgres is away nobody can be told
             log.warning("not_left", error=f"{type(error).__name__}: {error}"[:300])
 
-    async def reread(self) -> float:
-        """Look at our own rows: a cancel is passed on; a row that is no longer ours is let go."""
+    async def reread(self, now: datetime | None = None) -> float:
+        """Look at our own rows: a cancel or a stop is passed on; a row that is no longer ours is let go."""
         # Taken before the rows are read: what is claimed meanwhile is in neither.
         running = list(self.drain.running.items())
-        rows = await self.pool.fetch(SQL["owned_items"], self.settings.replica_id)
+        rows = await self.pool.fetch(SQL["owned_items"], self.settings.replica_id, now)
         ours = {(str(row["queue_id"]), row["delivery_no"]): row for row in rows}
         for key, (delivery, task) in running:
             row = ours.get(key)
@@ -190,12 +192,30 @@ class Loops:
                     task.cancel()
                 continue
             delivery.moved(row["url"] or "", row["agent_authorization"])
+            delivery.bound(row["ceiling_s"])
             if row["beat_age_s"] is not None:
                 self.drain.alive(row["workspace_id"], age_s=row["beat_age_s"])
             if row["cancel_at"] is not None:
                 delivery.ask_cancel()
+            if row["stopped"]:
+                self._stop(delivery, row)
         self._adopt({key: row for key, row in ours.items() if not self.drain.holds(key)})
         return self.settings.reread_s
+
+    def _stop(self, delivery: Delivery, row: asyncpg.Record) -> None:
+        delivery.ask_stop(heard_age_s=row["stop_heard_age_s"])
+        if row["hung_up"]:
+            delivery.hang_up("ceiling", "Its session was to end, and nothing else could end it: we hung up.")
+        elif decide.is_abandoned(
+            stop_age_s=row["stop_age_s"],
+            beat_age_s=row["beat_age_s"],
+            silent_s=delivery.silent_s(),
+            active=row["beat_active"],
+            ever_active=row["ever_active"],
+            grace_s=self.settings.stop_grace_s,
+        ):
+            log.warning("session_abandoned", queue_id=str(row["queue_id"]), workspace_id=row["workspace_id"])
+            delivery.hang_up("abandoned", "After it was told to stop its agent's beats show nothing, and no byte came.")
 
     def _adopt(self, orphans: dict[tuple[str, int], asyncpg.Record]) -> None:
         """Write back rows that are ours and that nobody here delivers: a claim whose commit was never confirmed.
@@ -213,15 +233,16 @@ class Loops:
         self._orphans = seen
 
     async def snapshot(self) -> float:
-        """Tell every backlog, also when there is none: whoever is left out has nothing waiting or running."""
+        """Tell every backlog, also when there is none: whoever is left out has nothing waiting, running or shut."""
         wait_s = self._snapshot_at + min(self.settings.snapshot_pause_s, self.settings.snapshot_s) - time.monotonic()
         if wait_s > 0:
             return wait_s  # one serves all who ask meanwhile
         self._snapshot_at = time.monotonic()
         read_at = datetime.now().astimezone()
         async with self.pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
-            workspaces = {each.workspace_id: each for each in await store.read_active(connection)}
             now = await store.clock(connection, None)
+            active = await store.read_active(connection)
+            workspaces = {each.workspace_id: each for each in active if decide.is_named(each, now)}
             found = await backlogs(connection, workspaces, now)
             oldest = await store.oldest(
                 connection, [(name, lane) for name in workspaces for lane in (decide.CRITICAL_LANE, decide.REST_LANE)]
@@ -229,9 +250,7 @@ class Loops:
         for (name, _), at in oldest.items():
             found[name]["oldest_at"] = min(at, found[name].get("oldest_at", at))
         _measure(workspaces.values(), oldest, now)
-        named = [
-            NamedBacklog(workspace_id=name, rev=workspaces[name].rev, **backlog) for name, backlog in found.items()
-        ]
+        named = [_named(workspaces[name], backlog, now) for name, backlog in found.items()]
         parts = [named[at : at + _SNAPSHOT_PART] for at in range(0, len(named), _SNAPSHOT_PART)] or [[]]
         self._snapshots += 1
         snapshot_id = uuid7()
@@ -252,11 +271,26 @@ class Loops:
 _COUNTERS = ("waiting", "waiting_critical", "waiting_info", "running")
 
 
+def _named(workspace: Workspace, backlog: Mapping[str, Any], now: float) -> NamedBacklog:
+    return NamedBacklog(
+        workspace_id=workspace.workspace_id,
+        rev=workspace.rev,
+        incarnation=workspace.incarnation,
+        forwards=forwards(decide.live_forwards(workspace, now)),
+        foreign=decide.foreign(workspace, now),
+        beat_at=moment(workspace.beat_at) if workspace.beat_at is not None else None,
+        **backlog,
+    )
+
+
 def _measure(workspaces: Iterable[Workspace], oldest: Mapping[tuple[str, int], datetime], now: float) -> None:
     """Set the gauges of what waits in all workspaces."""
     depth = Counter[Priority]()
+    closed = 0
     for workspace in workspaces:
         depth.update(decide.by_priority(workspace))
+        closed += decide.gate_until(workspace, now) is not None
+    GATES_CLOSED.set(closed)
     for priority in Priority:
         DEPTH.labels(priority.value).set(depth[priority])
     for lane, word in ((decide.CRITICAL_LANE, "critical"), (decide.REST_LANE, "rest")):

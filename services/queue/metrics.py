@@ -28,6 +28,9 @@ DEAD_LETTERS_KEPT = Gauge(
     "Facts set aside and not replayed, up to 10,000; every replica tells the same",
     ["reason"],
 )
+GATES_CLOSED = Gauge("bide_queue_gates_closed", "Workspaces whose session is being ended; every replica tells the same")
+STOPS = Counter("bide_queue_stops_total", "Deliveries that were told to stop, by why", ["reason"])
+HANG_UPS = Counter("bide_queue_hang_ups_total", "Deliveries that nothing but our hanging up could end")
 RUNNING = Gauge("bide_queue_running", "Deliveries of this replica under way")
 WAIT = Histogram(
     "bide_queue_delivery_seconds", "From the claim to the end of a delivery", buckets=(0.01, 0.1, 1, 10, 60, 600, 3600)
@@ -44,6 +47,8 @@ for reason in ("busy", "not_delivered", "preempted", "written_back", "failed_att
 for priority in Priority:
     WAITED.labels(priority.value)
     DEPTH.labels(priority.value)
+for reason in ("ceiling", "operator", "other"):
+    STOPS.labels(reason)
 for lane in ("critical", "rest"):
     OLDEST.labels(lane)
 for status in ("completed", "failed", "expired", "canceled", "superseded"):

@@ -41,14 +41,15 @@ UPDATE workspaces w SET
   waiting_critical = s.waiting_critical, waiting_info = s.waiting_info, running = s.running,
   started_since = s.started_since, ended_since = s.ended_since, recent_ended = s.recent_ended, forwards = s.forwards,
   not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak, rev = s.rev, floors = s.floors,
-  served_critical = s.served_critical, turns_s = s.turns_s
+  served_critical = s.served_critical, turns_s = s.turns_s, gates = s.gates, gate_generation = s.gate_generation,
+  ever_active = s.ever_active, engaged = s.engaged
 FROM jsonb_to_recordset($1::jsonb) AS s(
   workspace_id text, registry_rev bigint, url text, agent_authorization text, max_concurrent int, at_most_once boolean,
   give_up_after_s float8, ceiling_s float8, paused boolean, removed boolean, incarnation bigint, beat_rev bigint,
   beat_at float8, beat_active int, beat_cadence_s float8, paused_at float8, waiting int, waiting_critical int,
   waiting_info int, running int, started_since int, ended_since int, recent_ended float8[], forwards jsonb,
   not_before float8, busy_streak int, rev bigint, floors bigint[], served_critical boolean, turns_s float8[],
-  version tid)
+  gates jsonb, gate_generation bigint, ever_active boolean, engaged boolean, version tid)
 WHERE w.ctid = s.version AND w.workspace_id = s.workspace_id
 
 -- name: save_counters
@@ -71,14 +72,15 @@ WHERE (waiting > 0 OR running > 0) AND workspace_id > $1
 ORDER BY workspace_id LIMIT $2
 
 -- name: active_workspaces
+-- What a snapshot may have to name: those that are engaged only may turn out not to be.
 SELECT *, ctid AS version, extract(epoch FROM beat_at)::float8 AS beat_epoch,
        extract(epoch FROM paused_at)::float8 AS paused_epoch,
        extract(epoch FROM not_before)::float8 AS not_before_epoch
-FROM workspaces WHERE waiting > 0 OR running > 0 ORDER BY workspace_id
+FROM workspaces WHERE waiting > 0 OR running > 0 OR engaged ORDER BY workspace_id
 
 -- name: running_items
 -- The newest first, and no more than the workspace's counter says there are.
-SELECT q.queue_id, q.workspace_id, q.delivery_no, q.key_hash, q.dispatched_at
+SELECT q.queue_id, q.workspace_id, q.delivery_no, q.key_hash, q.dispatched_at, q.ceiling_s, q.schedule_id
 FROM unnest($1::text[], $2::int[]) AS named(workspace_id, running) CROSS JOIN LATERAL (
   SELECT * FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = named.workspace_id
   ORDER BY dispatched_at DESC LIMIT named.running) q
@@ -288,17 +290,63 @@ SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, 
        q.cancel_at, q.priority, q.lane, q.rank_ms, q.rev,
        extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
        extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch,
-       w.url, w.agent_authorization, extract(epoch FROM clock_timestamp() - w.beat_at)::float8 AS beat_age_s
+       w.url, w.agent_authorization, w.incarnation, coalesce(q.ceiling_s, w.ceiling_s) AS ceiling_s, w.beat_active,
+       w.ever_active, q.stop_at IS NOT NULL AS stopped, q.hang_up_at IS NOT NULL AS hung_up,
+       extract(epoch FROM clock.now - w.beat_at)::float8 AS beat_age_s,
+       extract(epoch FROM clock.now - q.stop_at)::float8 AS stop_age_s,
+       extract(epoch FROM clock.now - q.stop_heard_at)::float8 AS stop_heard_age_s
 FROM a2a_queue q CROSS JOIN LATERAL (
   SELECT * FROM workspaces WHERE workspace_id = q.workspace_id ORDER BY rev DESC LIMIT 1) w
+CROSS JOIN (SELECT coalesce($2, clock_timestamp()) AS now) clock
 WHERE q.owner = $1 AND q.status = 'dispatched'
 
 -- name: ending_instead
--- Of items that would go back: those that somebody wants canceled, and ticks, with what their schedule says now.
-SELECT q.queue_id, q.cancel_at IS NOT NULL AS canceled, q.schedule_id, q.rev_needed, q.agent_task_id, s.rev, s.paused,
-       s.schedule_id IS NULL OR s.deleted AS deleted
+-- Of items that would go back, or end as if by themselves: those that were told to stop, or that somebody wants canceled,
+-- and ticks, with what their schedule says now.
+SELECT q.queue_id, q.stop_reason, q.cancel_at IS NOT NULL AS canceled, q.schedule_id, q.rev_needed, q.agent_task_id, s.rev,
+       s.paused, s.schedule_id IS NULL OR s.deleted AS deleted
 FROM a2a_queue q LEFT JOIN schedules s ON s.schedule_id = q.schedule_id
-WHERE q.queue_id = ANY($1::uuid[]) AND (q.cancel_at IS NOT NULL OR q.schedule_id IS NOT NULL)
+WHERE q.queue_id = ANY($1::uuid[]) AND (q.cancel_at IS NOT NULL OR q.schedule_id IS NOT NULL OR q.stop_at IS NOT NULL)
+
+-- name: stop_items
+-- Fenced by delivery_no. Said again, only that it was: the first word counts, and a hang-up is for good.
+WITH said AS (
+  SELECT * FROM unnest($1::uuid[], $2::int[], $3::text[], $4::text[], $5::boolean[])
+    AS s(queue_id, delivery_no, workspace_id, reason, hangs_up)),
+mine AS (
+  SELECT q.queue_id, q.first, said.reason, said.hangs_up FROM (SELECT * FROM said ORDER BY queue_id) said
+  CROSS JOIN LATERAL (
+    SELECT queue_id, stop_at IS NULL AS first FROM a2a_queue
+    WHERE queue_id = said.queue_id AND status = 'dispatched' AND delivery_no = said.delivery_no
+      AND workspace_id = said.workspace_id
+    LIMIT 1 FOR NO KEY UPDATE) q)
+UPDATE a2a_queue q SET stop_at = coalesce(q.stop_at, $6, clock_timestamp()),
+  stop_heard_at = coalesce($6, clock_timestamp()), stop_reason = coalesce(q.stop_reason, mine.reason),
+  hang_up_at = CASE WHEN mine.hangs_up THEN coalesce(q.hang_up_at, $6, clock_timestamp()) ELSE q.hang_up_at END,
+  rev = q.rev + 1
+FROM mine WHERE q.queue_id = ANY(ARRAY(SELECT queue_id FROM mine)) AND q.queue_id = mine.queue_id
+RETURNING q.queue_id, q.workspace_id, q.delivery_no, q.stop_reason, mine.first
+
+-- name: beat_proxies
+-- A gap of half of what one may be silent breaks its line: it may be that nobody was heard.
+INSERT INTO proxies (proxy_id, beat_at, unbroken_since)
+SELECT proxy_id, coalesce($3, clock_timestamp()), coalesce($3, clock_timestamp()) FROM unnest($1::text[]) AS p(proxy_id)
+ORDER BY 1
+ON CONFLICT (proxy_id) DO UPDATE SET beat_at = excluded.beat_at,
+  unbroken_since = CASE WHEN proxies.beat_at < excluded.beat_at - make_interval(secs => $2 / 2)
+                        THEN excluded.beat_at ELSE proxies.unbroken_since END
+
+-- name: living_proxies
+-- One that is silent counts until another was heard for all of that time: after an outage of ours everybody is silent.
+SELECT proxy_id FROM proxies
+WHERE beat_at > coalesce($2, clock_timestamp()) - make_interval(secs => $1)
+  OR NOT EXISTS (SELECT FROM proxies WHERE beat_at > coalesce($2, clock_timestamp()) - make_interval(secs => $1)
+                   AND unbroken_since <= coalesce($2, clock_timestamp()) - make_interval(secs => $1))
+
+-- name: forget_proxies
+DELETE FROM proxies WHERE beat_at < clock_timestamp() - make_interval(secs => $1 * 10)
+  AND EXISTS (SELECT FROM proxies WHERE beat_at > clock_timestamp() - make_interval(secs => $1)
+                AND unbroken_since <= clock_timestamp() - make_interval(secs => $1))
 
 -- name: beat_replica
 -- A gap of half of what an owner may be silent breaks the judge's own line already: what held its beats back held the

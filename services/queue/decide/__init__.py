@@ -3,7 +3,27 @@
 Values in, values out: no clock, no I/O. Times are seconds since 1970. The tables: tests/unit/test_queue_decide*.py.
 """
 
-from services.queue.decide.fates import Fate, Finish, Item, Reply, Requeue, busy_wait_s, fate, may_go_back
+from services.queue.decide.fates import (
+    Fate,
+    Finish,
+    Item,
+    Reply,
+    Requeue,
+    busy_wait_s,
+    fate,
+    may_have_been_stopped,
+)
+from services.queue.decide.gate import (
+    closed_until,
+    foreign,
+    hear_gate,
+    in_gate,
+    is_abandoned,
+    is_engaged,
+    is_named,
+    live_forwards,
+    living,
+)
 from services.queue.decide.line import (
     CRITICAL_LANE,
     INFO_PATIENCE_MS,
@@ -35,11 +55,13 @@ from services.queue.decide.workspace import (
     Closed,
     Ending,
     Forwards,
+    Gate,
     Workspace,
     begin,
     by_priority,
     closed,
     end,
+    gate_until,
     hear_beat,
     hear_forwards,
     keep,
@@ -54,8 +76,10 @@ from services.queue.decide.workspace import (
 
 __all__ = [
     "CRITICAL_LANE", "INFO_PATIENCE_MS", "REST_LANE", "Admission", "Closed", "Ending", "Fate", "Finish", "Floors",
-    "Forwards", "Head", "Item", "Keep", "Merge", "Outcome", "Overlap", "Place", "Reply", "Requeue", "Schedule",
-    "Settle", "Tick", "Waiting", "Workspace", "admit", "begin", "busy_wait_s", "by_priority", "closed", "end", "fate",
-    "has_room", "hear_beat", "hear_forwards", "keep", "lane", "leave", "lowered", "may_go_back", "merged", "outcome",
-    "paused", "place_told", "rank", "spare", "taken", "turn_s", "turns", "why", "withdrawn",
+    "Forwards", "Gate", "Head", "Item", "Keep", "Merge", "Outcome", "Overlap", "Place", "Reply", "Requeue", "Schedule",
+    "Settle", "Tick", "Waiting", "Workspace", "admit", "begin", "busy_wait_s", "by_priority", "closed", "closed_until",
+    "end", "fate", "foreign", "gate_until", "has_room", "hear_beat", "hear_forwards", "hear_gate", "in_gate",
+    "is_abandoned", "is_engaged", "is_named", "keep", "lane", "leave", "live_forwards", "living", "lowered",
+    "may_have_been_stopped", "merged", "outcome", "paused", "place_told", "rank", "spare", "taken", "turn_s", "turns",
+    "why", "withdrawn",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 from uuid import UUID
@@ -33,6 +33,8 @@ class Item:
     rev: int
     priority: Priority = Priority.TASK
     enqueued_at: float = 0.0
+    incarnation: int = 0
+    """The life of the agent that it was claimed for."""
 
 
 Reply = Literal[
@@ -46,6 +48,7 @@ Reply = Literal[
     "answer_lost",
     "answer_too_large",
     "ceiling",
+    "abandoned",
     "owner_died",
     "written_back",
 ]
@@ -88,6 +91,8 @@ def fate(
     at_most_once: bool,
     cancel_requested: bool,
     canceled_as: str = "canceled",
+    stopped_for: str | None = None,
+    task_canceled: bool = False,
     critical_waits: bool = False,
     attempts_max: int = 5,
     deaths_max: int = 3,
@@ -95,9 +100,13 @@ def fate(
     """Say what becomes of an item whose delivery came back as `reply` (the table of policies §2 and §3).
 
     `attempts` and `deaths` are those before this delivery; `canceled_as`: why an item that is to be canceled ends;
+    `stopped_for`: why it was told to stop, if it was; `task_canceled`: what came back is a Task that was canceled;
     `critical_waits`: a CRITICAL message was why it ended.
     """
     decided = _fate(reply, attempts, deaths, at_most_once=at_most_once, limits=(attempts_max, deaths_max))
+    if stopped_for is not None and may_have_been_stopped(reply, task_canceled=task_canceled):
+        # Whatever it looks like, we ended it: sent again it would only be the same session once more.
+        return _stopped(reply, decided, stopped_for)
     if reply == "preempted" and not critical_waits and isinstance(decided, Requeue):
         # Nobody asked for it, and nobody goes first: as a busy one, or it would be offered again in a loop.
         decided = replace(decided, closes=True)
@@ -113,6 +122,7 @@ _FATES: Mapping[Reply, Fate] = {
     "answer_too_large": Finish(ItemStatus.COMPLETED, "answer_too_large", Ending.ANSWERED),
     "refused": Finish(ItemStatus.FAILED, "refused", Ending.ANSWERED),
     "ceiling": Finish(ItemStatus.FAILED, "ceiling", Ending.UNKNOWN),
+    "abandoned": Finish(ItemStatus.FAILED, "abandoned", Ending.UNKNOWN),
     "busy": Requeue("busy", Ending.NEITHER, closes=True),
     "not_delivered": Requeue("not_delivered", Ending.NEITHER, closes=True),
     "preempted": Requeue("preempted", Ending.ANSWERED),
@@ -123,9 +133,20 @@ _FATES: Mapping[Reply, Fate] = {
 }
 
 
-def may_go_back(reply: Reply) -> bool:
-    """Whether an item with this reply can return to the queue."""
-    return isinstance(_FATES[reply], Requeue)
+_REAL: Collection[Reply] = ("delivered", "answer_too_large")
+"""What an agent that comes to an end by itself sends: it completes the item, also after a stop."""
+
+
+def may_have_been_stopped(reply: Reply, *, task_canceled: bool = False) -> bool:
+    """Whether a stop decides what becomes of an item with this reply; a real answer outranks it."""
+    return task_canceled or reply not in _REAL
+
+
+def _stopped(reply: Reply, decided: Fate, stopped_for: str) -> Finish:
+    if stopped_for == "operator":
+        return Finish(ItemStatus.CANCELED, "stopped", decided.ending, decided.attempts)
+    reason = "abandoned" if reply == "abandoned" else "ceiling"
+    return Finish(ItemStatus.FAILED, reason, decided.ending, decided.attempts)
 
 
 def _fate(reply: Reply, attempts: int, deaths: int, *, at_most_once: bool, limits: tuple[int, int]) -> Fate:

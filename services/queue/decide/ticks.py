@@ -106,7 +106,7 @@ def withdrawn(schedule: Schedule, rev: int) -> str | None:
 
 def has_room(workspace: Workspace, now: float) -> bool:
     """Whether a tick would not have to wait for what its agent does, or for who stands in line before it."""
-    if closed(workspace, now) is Closed.BUSY:
+    if closed(workspace, now) in {Closed.BUSY, Closed.GATE}:
         return False
     return taken(workspace, now) + workspace.waiting < workspace.max_concurrent
 

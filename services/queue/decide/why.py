@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from services.queue.decide.workspace import Closed, Workspace, closed, taken
+from services.queue.decide.workspace import Closed, Workspace, closed, gate_until, taken
 from shared.facts import Priority
 
 _MINUTE_S, _HOUR_S, _SHORT_S = 60, 3600, 90
@@ -75,6 +75,9 @@ def _words(  # noqa: PLR0911 - a sentence each
             return f"the workspace has been paused{since}, and its clocks stand still"
         case Closed.NO_URL:
             return "its agent has not registered yet"
+        case Closed.GATE:
+            left_s = (gate_until(workspace, now) or now) - now
+            return f"its session is being ended: nothing begins before it is over, or for another {_span(left_s)}"
         case Closed.BUSY:
             return f"its agent said it is busy and is asked again in {_span((workspace.not_before or now) - now)}"
         case None if item.not_before is not None and item.not_before > now:

@@ -25,6 +25,20 @@ class Forwards:
     """(session, hex of the key's hash, started)"""
     ended: tuple[tuple[float, float, bool], ...] = ()
     """(started, ended, whether it was answered): what came back busy or was not delivered is left out"""
+    generation: int = 0
+    """The youngest closing of the gate that this proxy has seen."""
+    gate_until: float | None = None
+    """Until when it begins no forward there, whatever else it hears."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One session in the gate, by the last word about it."""
+
+    rev: int
+    until: float
+    left: bool = False
+    """It has left, which is remembered until then."""
 
 
 @dataclass(slots=True)  # not frozen, for the same reason as a message: several are made for each item of a turn
@@ -58,6 +72,12 @@ class Workspace:
     recent_ended: tuple[tuple[float, float], ...] = ()
     """(begun, ended) of our newest deliveries that are over; ended 0: it may still run there."""
     forwards: Mapping[str, Forwards] = field(default_factory=dict)
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    """The sessions that are being ended: while one is in it nothing begins here."""
+    gate_generation: int = 0
+    """How often the gate went from open to closed."""
+    ever_active: bool = False
+    """The agent's beats have shown more than 0 once: that one shows 0 means something."""
     not_before: float | None = None
     busy_streak: int = 0
     floors: Floors = (0, 0)
@@ -76,6 +96,7 @@ class Closed(Enum):
     REMOVED = "removed"
     PAUSED = "paused"
     NO_URL = "no_url"
+    GATE = "gate"
     BUSY = "busy"
 
 
@@ -87,9 +108,16 @@ def closed(workspace: Workspace, now: float) -> Closed | None:
         return Closed.PAUSED
     if workspace.url is None:
         return Closed.NO_URL
+    if workspace.gates and gate_until(workspace, now) is not None:
+        return Closed.GATE
     if workspace.not_before is not None and workspace.not_before > now:
         return Closed.BUSY
     return None
+
+
+def gate_until(workspace: Workspace, now: float) -> float | None:
+    """Until when the gate is closed if nobody renews it; None: it is open."""
+    return max((gate.until for gate in workspace.gates.values() if gate.until > now and not gate.left), default=None)
 
 
 def taken(workspace: Workspace, now: float) -> int:
@@ -177,6 +205,8 @@ def hear_beat(
         max_concurrent=maximum or workspace.max_concurrent,
         started_since=begun_after + sum(begun > at for begun, _ in recent),
         ended_since=sum(counts_as_ended(end, at) for _, end in recent),
+        ever_active=workspace.ever_active or active > 0,
+        gates={name: gate for name, gate in workspace.gates.items() if gate.until > at},
         rev=workspace.rev + 1,
     )
     # A beat that shows room opens a workspace that answered busy.

@@ -15,6 +15,7 @@ from services.queue.store.kept import (
     place_of,
     reserve_keys,
 )
+from services.queue.store.sessions import Stop, Stopped, beat_proxies, living_proxies, stop
 from services.queue.store.statements import PRIORITIES, PRIORITY_OF, SQL
 from services.queue.store.ticks import (
     Prompt,
@@ -41,9 +42,10 @@ from services.queue.store.workspaces import (
 )
 
 __all__ = [
-    "PRIORITIES", "PRIORITY_OF", "SQL", "Claimed", "Ended", "Fire", "Known", "Locked", "Prompt", "Settled",
-    "caller_of", "claim", "clock", "end", "ending_instead", "find_active", "find_ids", "find_lost", "find_schedules",
-    "find_ticks", "finish", "fire_of", "insert", "insert_ended", "insert_ticks", "item_of", "key_of", "lock",
-    "merge_ticks", "oldest", "place_of", "read", "read_active", "read_prompts", "release_ticks", "requeue",
-    "reserve_keys", "running", "save", "save_bodies", "save_counters", "save_schedules", "shift_clocks",
+    "PRIORITIES", "PRIORITY_OF", "SQL", "Claimed", "Ended", "Fire", "Known", "Locked", "Prompt", "Settled", "Stop",
+    "Stopped", "beat_proxies", "caller_of", "claim", "clock", "end", "ending_instead", "find_active", "find_ids",
+    "find_lost", "find_schedules", "find_ticks", "finish", "fire_of", "insert", "insert_ended", "insert_ticks",
+    "item_of", "key_of", "living_proxies", "lock", "merge_ticks", "oldest", "place_of", "read", "read_active",
+    "read_prompts", "release_ticks", "requeue", "reserve_keys", "running", "save", "save_bodies", "save_counters",
+    "save_schedules", "shift_clocks", "stop",
 ]  # fmt: skip

@@ -146,7 +146,11 @@ async def find_lost(
 
 def item_of(row: asyncpg.Record) -> Item:
     """A row that is already ours, as the item it is."""
-    return _item(row, Workspace(row["workspace_id"], url=row["url"], agent_authorization=row["agent_authorization"]))
+    workspace = Workspace(
+        row["workspace_id"], url=row["url"], agent_authorization=row["agent_authorization"],
+        incarnation=row["incarnation"], ceiling_s=row["ceiling_s"],
+    )  # fmt: skip
+    return _item(row, workspace)
 
 
 def _item(row: asyncpg.Record, workspace: Workspace) -> Item:
@@ -169,4 +173,5 @@ def _item(row: asyncpg.Record, workspace: Workspace) -> Item:
         rev=row["rev"],
         priority=PRIORITY_OF[row["priority"]],
         enqueued_at=row["enqueued_epoch"],
+        incarnation=workspace.incarnation,
     )

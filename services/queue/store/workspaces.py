@@ -9,7 +9,7 @@ from typing import Any
 
 import asyncpg
 
-from services.queue.decide import Forwards, Workspace
+from services.queue.decide import Forwards, Gate, Workspace, is_engaged
 from services.queue.store.statements import SQL, columns
 from shared.database import Connection
 
@@ -82,15 +82,20 @@ def _columns_of(workspace: Workspace) -> dict[str, Any]:
         **{name: getattr(workspace, name) for name in Workspace.__slots__},
         "recent_ended": [moment for each in workspace.recent_ended for moment in each],
         "forwards": {
-            proxy_id: {"rev": each.rev, "at": each.at, "running": each.running, "ended": each.ended}
+            proxy_id: {
+                "rev": each.rev, "at": each.at, "running": each.running, "ended": each.ended,
+                "generation": each.generation, "gate_until": each.gate_until,
+            }
             for proxy_id, each in workspace.forwards.items()
         },
+        "gates": {name: [gate.rev, gate.until, gate.left] for name, gate in workspace.gates.items()},
+        "engaged": is_engaged(workspace),
         "version": "({},{})".format(*(workspace.version or (0, 0))),
-    }
+    }  # fmt: skip
 
 
 def _workspace(row: asyncpg.Record) -> Workspace:
-    computed = {"forwards", "beat_at", "not_before", "paused_at", "floors", "turns_s"}
+    computed = {"forwards", "beat_at", "not_before", "paused_at", "floors", "turns_s", "gates"}
     values = {name: row[name] for name in Workspace.__slots__ if name not in computed}
     return Workspace(
         **{
@@ -102,6 +107,7 @@ def _workspace(row: asyncpg.Record) -> Workspace:
             "floors": tuple(row["floors"]),
             "turns_s": tuple(row["turns_s"]),
             "forwards": {name: _forwards(value) for name, value in json.loads(row["forwards"]).items()},
+            "gates": {name: Gate(*value) for name, value in json.loads(row["gates"]).items()},
         }
     )
 
@@ -112,6 +118,8 @@ def _forwards(value: Mapping[str, Any]) -> Forwards:
         at=value["at"],
         running=tuple((session, key, started) for session, key, started in value["running"]),
         ended=tuple((started, ended, counts) for started, ended, counts in value["ended"]),
+        generation=value.get("generation", 0),
+        gate_until=value.get("gate_until"),
     )
 
 

@@ -132,7 +132,7 @@ class Deliveries(Messages):
         self.seen["adopted"] += len(adopted)
         assert replica.drain.running.keys() == held.keys() & owned.keys(), "a row that is no longer ours is let go"
         for key, (delivery, _) in replica.drain.running.items():
-            assert delivery._cancel_asked or not owned[key].cancel, "a cancel reaches who delivers"
+            assert delivery.item.cancel_requested or not owned[key].cancel, "a cancel reaches who delivers"
 
     async def swept(self, replica: Replica) -> None:
         before = RECONCILED._value.get()

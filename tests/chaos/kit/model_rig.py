@@ -99,6 +99,7 @@ class Response:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     error: Exception | None = None
+    seen_at: float = 0.0
 
     async def __aenter__(self) -> Self:
         return self
