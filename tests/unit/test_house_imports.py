@@ -25,13 +25,17 @@ ROOMS: dict[str, set[str]] = {
     "forward": {"decide", "metrics", "settings", "copies"},
     "deliver": {"decide", "metrics", "settings"},
     "drivers": {"decide", "metrics", "settings"},
+    "restart": {"store", "decide", "drivers", "metrics", "settings"},
     "backlogs": {"store", "decide"},
     "fires": {"store", "decide", "metrics"},
     "ticks": {"store", "decide", "metrics", "drain", "backlogs", "fires", "loops"},
     "drain": {"store", "decide", "deliver", "backlogs", "fires", "metrics", "settings"},
     "copies": {"decide", "metrics", "settings"},
-    "handlers": {"store", "decide", "metrics", "settings", "drain", "backlogs", "copies", "cron", "rules"},
-    "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "fires", "copies"},
+    "handlers": {"store", "decide", "metrics", "settings", "drain", "backlogs", "copies", "cron", "rules", "restart"},
+    "loops": {
+        "store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "fires", "copies",
+        "restart",
+    },
     "aside": {"store", "metrics"},
     "history": {"store", "metrics", "settings"},
     "letters": {"store", "aside"},
@@ -43,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "verbs": {"store", "decide", "items", "loops", "cron", "rules", "forms", "shapes"},
     "answers": {
         "store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters", "cron", "rules", "forms",
-        "shapes", "metrics", "settings",
+        "shapes", "metrics", "settings", "restart",
     },
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }  # fmt: skip
