@@ -17,7 +17,8 @@ from typing import Self
 
 from deploy.local.errors import StackError
 from deploy.local.memory import write_atomically
-from deploy.local.process import Child, Command, Mark, mark_of
+from deploy.local.process import Child, Command
+from shared.processes import Mark, mark_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from deploy.local.errors import StackError
 from deploy.local.ledger import Ledger
-from deploy.local.process import Child, Command, end, family, is_stopped, kill, send
+from deploy.local.process import Child, Command
+from shared.processes import end, family, is_stopped, kill, send
 
 READY_LIMIT_S = 60.0
 PAUSE_LIMIT_S = 5.0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deploy.local.errors import StackError
 from deploy.local.ledger import Ledger, in_stop_order, read_record
-from deploy.local.process import end, is_alive, kill, send, wait_gone
+from shared.processes import end, is_alive, kill, send, wait_gone
 
 SUPERVISOR_LIMIT_S = 90.0
 """How long `down` waits for a living supervisor: services 30 s, RabbitMQ 15 s, PostgreSQL 15 s, and room."""

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 
+from services.liveness.drivers import Driver
+from services.liveness.drivers.process import ProcessDriver
+from services.liveness.handlers import Handlers
+from services.liveness.loops import Loops
+from services.liveness.restart import Restarts
 from services.liveness.settings import Settings
+from shared.facts import (
+    ProxyBeat,
+    SessionKill,
+    WorkspaceChanged,
+    WorkspaceEvidence,
+    WorkspaceHeartbeat,
+    WorkspaceRegistered,
+    WorkspaceRemoved,
+)
+from shared.loops import turning
 from shared.service import running, start
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
+def drivers_of(settings: Settings) -> dict[str, Driver]:
+    """The drivers that these settings allow, by the name that `runtime` calls them."""
+    return {"process": ProcessDriver(settings.agents_file, settings.agents_folder)}
+
+
 async def main(settings: Settings) -> None:
     async with running("liveness", settings, MIGRATIONS) as service:
-        await service.serve()
+        drivers = drivers_of(settings)
+        restarts = Restarts(settings, service.pool, drivers, told=service.relay.wake)
+        loops = Loops(
+            settings, service.pool, service.publisher, drivers, died=restarts.loop.wake, told=service.relay.wake
+        )
+        acting = frozenset(drivers) if settings.mode == "act" else frozenset[str]()
+        handlers = Handlers(acting, loops.looks.wake, restarts.loop.wake)
+        service.reader.store(WorkspaceRegistered, handlers.registered)
+        service.reader.store(WorkspaceChanged, handlers.registered)
+        service.reader.store(WorkspaceRemoved, handlers.removed)
+        service.reader.store(WorkspaceHeartbeat, handlers.heartbeats)
+        service.reader.store(WorkspaceEvidence, handlers.evidence)
+        service.reader.store(ProxyBeat, handlers.proxy_beats)
+        service.reader.store(SessionKill, handlers.kill)
+        exits = [asyncio.create_task(loops.exits(driver), name=f"exits {name}") for name, driver in drivers.items()]
+        try:
+            async with turning([restarts.loop, *loops.all()]):
+                await service.serve()
+        finally:
+            for task in exits:
+                task.cancel()
+            await restarts.stop(settings.drain_s)
+            for driver in drivers.values():
+                await driver.close()
 
 
 if __name__ == "__main__":

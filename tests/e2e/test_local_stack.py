@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from deploy.local.ledger import read_record
-from deploy.local.process import Mark, is_alive, wait_gone
+from shared.processes import Mark, is_alive, wait_gone
 
 REPOSITORY = Path(__file__).parents[2]
 READY_LIMIT_S = 90.0

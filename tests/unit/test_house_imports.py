@@ -30,12 +30,20 @@ ROOMS: dict[str, set[str]] = {
     "evidence": {"deliver"},
     "fires": {"store", "decide", "metrics"},
     "ticks": {"store", "decide", "metrics", "drain", "backlogs", "fires", "loops"},
-    "sessions": {"store", "decide", "metrics", "settings", "drain", "backlogs", "gates"},
+    "sessions": {
+        "store", "decide", "metrics", "settings", "drain", "backlogs", "gates", "cron", "rules", "shapes",
+    },
     "drain": {"store", "decide", "deliver", "evidence", "backlogs", "fires", "metrics", "settings"},
     "copies": {"decide", "metrics", "settings"},
+    "restart": {"store", "decide", "drivers", "metrics", "settings"},
     "control": {"copies", "decide", "metrics", "settings"},
-    "handlers": {"store", "decide", "metrics", "settings", "drain", "backlogs", "copies", "cron", "rules", "gates"},
-    "loops": {"store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "fires", "copies"},
+    "handlers": {
+        "store", "decide", "metrics", "settings", "drain", "backlogs", "copies", "cron", "rules", "gates", "restart",
+    },
+    "loops": {
+        "store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "fires", "copies",
+        "restart",
+    },
     "aside": {"store", "metrics"},
     "history": {"store", "metrics", "settings"},
     "letters": {"store", "aside"},
@@ -43,12 +51,11 @@ ROOMS: dict[str, set[str]] = {
     "rules": {"cron", "decide"},
     "forms": {"decide", "shapes"},
     "shapes": {"decide"},
-    "sessions": {"store", "decide", "cron", "rules", "metrics", "settings", "shapes"},
     "ticking": {"store", "decide", "rules", "metrics", "settings"},
     "verbs": {"store", "decide", "items", "loops", "cron", "rules", "forms", "shapes"},
     "answers": {
         "store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters", "cron", "rules", "forms",
-        "shapes", "sessions", "metrics", "settings",
+        "shapes", "sessions", "metrics", "settings", "restart",
     },
     "api": {"store", "forward", "decide", "metrics", "settings", "copies"},
 }  # fmt: skip

@@ -14,8 +14,9 @@ from deploy.local import ledger as ledger_module
 from deploy.local.errors import StackError
 from deploy.local.ledger import Container, Entry, Ledger, in_stop_order, read_record
 from deploy.local.memory import Memory
-from deploy.local.process import Command, Mark, is_alive, mark_of
+from deploy.local.process import Command
 from deploy.local.teardown import down, end_all, sweep
+from shared.processes import Mark, is_alive, mark_of
 
 
 def pausing(data_dir: Path, name: str = "one", stop_order: int = 0) -> Command:

@@ -10,19 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.process import (
-    Child,
-    Command,
-    Mark,
-    end,
-    family,
-    is_alive,
-    kill,
-    mark_of,
-    parse_stat,
-    send,
-    wait_gone,
-)
+from deploy.local.process import Child, Command
+from shared.processes import Mark, end, family, is_alive, kill, mark_of, parse_stat, send, wait_gone
 
 STAT_TAIL = "1 77 70 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 123456 1000 200"
 PARENT = """

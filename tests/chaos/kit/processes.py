@@ -19,9 +19,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from deploy.local.memory import Memory
 from deploy.local.ports import Ports
-from deploy.local.process import is_stopped, mark_of
 from deploy.local.roles import service_url
 from deploy.local.services import probe_ready
+from shared.processes import is_stopped, mark_of
 from tests.chaos.kit.link import Link, link
 from tests.conftest import ROOT, Stack, until
 from tests.e2e.conftest import Ready

@@ -1,0 +1,225 @@
+"""What liveness does by the clock: looks at agents, hears of exits, says statuses again, counts, forgets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+
+from services.liveness import restart, store
+from services.liveness.decide.doubts import doubt_of
+from services.liveness.decide.judge import Decision, Doubt, Reason, Verdict, judge
+from services.liveness.decide.life import Life, Status
+from services.liveness.decide.seen import Observation, Seen
+from services.liveness.drivers import Driver, Exit, Target
+from services.liveness.metrics import BLIND, DETECTED, HEARD_AGE, HOLDS, PROBES, STATUSES, VERDICTS
+from services.liveness.settings import Settings
+from services.liveness.store import SQL
+from shared.broker import Publisher
+from shared.database import Connection, Pool, Trouble, backoff_s, classify, transact
+from shared.loops import Loop
+from shared.telemetry import log
+
+_CLAIM_MAX = 1000
+_TOGETHER_S = 2.0
+"""What is due so soon is looked at now: one list for all of an engine's agents (D-S21)."""
+_LAG_S = 1.0
+_LIST_S = 20.0
+_REPEAT_S = 30.0
+_MEASURE_S = 5.0
+_FORGET_ROWS = 2000
+
+
+@dataclass(slots=True)
+class Loops:
+    """Each method is one loop's `run_once`; `died` is called when a restart was opened."""
+
+    settings: Settings
+    pool: Pool
+    publisher: Publisher
+    drivers: Mapping[str, Driver]
+    died: Callable[[], None]
+    told: Callable[[], None]
+    looks: Loop = field(init=False)
+    _started: float = field(default_factory=time.monotonic)
+    _asleep_until: float | None = None
+
+    def __post_init__(self) -> None:
+        self.looks = Loop("looks", self.look)
+
+    def all(self) -> list[Loop]:
+        return [
+            self.looks,
+            Loop("statuses", self.repeat),
+            Loop("measure", self.measure),
+            Loop("forget", self.forget),
+        ]
+
+    async def look(self, now: datetime | None = None) -> float:
+        """Look at what is due: one list for each engine; judge each in a transaction of its own."""
+        slow = self._is_slow()
+        rows = await self.pool.fetch(SQL["claim_looks"], now, _TOGETHER_S, _CLAIM_MAX, self.settings.sweep_s)
+        by_driver: dict[str, list[Life]] = defaultdict(list)
+        for row in rows:
+            by_driver[row["driver"]].append(store.life_of(row))
+        await asyncio.gather(*(self._list(driver, due, now, slow=slow) for driver, due in by_driver.items()))
+        until_s: float | None = await self.pool.fetchval(SQL["next_look_in"], now)
+        delay_s = self.settings.look_s if until_s is None else min(max(until_s, 0.01), self.settings.look_s)
+        self._asleep_until = time.monotonic() + delay_s
+        return delay_s
+
+    async def exits(self, driver: Driver) -> None:
+        """Hear of ends from the engine itself, for as long as the service runs."""
+        attempt = 0
+        while True:
+            try:
+                async for ended in driver.exits():
+                    attempt = 0
+                    await self._ended(ended)
+            except Exception as error:  # noqa: BLE001 - the looks still see everything, only later
+                log.warning("exits_interrupted", error=f"{type(error).__name__}: {error}"[:300])
+            await asyncio.sleep(backoff_s(attempt))
+            attempt += 1
+
+    async def repeat(self) -> float:
+        """Say every status again: a proxy that has just come up, or was cut off, has none."""
+        for row in await self.pool.fetch(SQL["repeat_statuses"]):
+            self.publisher.post(store.status_of(store.life_of(row)))
+        return _REPEAT_S
+
+    async def measure(self) -> float:
+        counts: Counter[str] = Counter()
+        blind, silent_s = 0, 0.0
+        for row in await self.pool.fetch(SQL["measure"]):
+            counts[row["status"]] += row["agents"]
+            blind += row["blind"]
+            silent_s = max(silent_s, row["silent_s"] or 0.0)
+        for status in Status:
+            STATUSES.labels(status.value).set(counts[status.value])
+        BLIND.set(blind)
+        HEARD_AGE.set(silent_s)
+        return _MEASURE_S
+
+    async def forget(self, now: datetime | None = None) -> float:
+        await self.pool.execute(SQL["forget_proxies"])
+        done = await self.pool.execute(SQL["forget_evidence"], now, self.settings.evidence_days, _FORGET_ROWS)
+        return 0.0 if done == f"DELETE {_FORGET_ROWS}" else 3600.0
+
+    def _is_slow(self) -> bool:
+        """Whether this replica should distrust itself: just started, or it woke much later than it meant to (D-S23)."""
+        at = time.monotonic()
+        lags = self._asleep_until is not None and at - self._asleep_until > _LAG_S
+        return lags or at - self._started < self.settings.settle_s
+
+    async def _list(self, name: str, due: Sequence[Life], now: datetime | None, *, slow: bool) -> None:
+        seen = await self._seen(name, due)
+        for life in due:
+            observation = seen.get(life.workspace_id) or Observation(Seen.UNKNOWN, why="the driver did not name it")
+            PROBES.labels(observation.seen.value).inc()
+            try:
+                await transact(
+                    self.pool,
+                    partial(self._judge, workspace_id=life.workspace_id, fence=life.fence, seen=observation, now=now,
+                            slow=slow),
+                )  # fmt: skip
+            except Exception as error:
+                if classify(error) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                    raise
+                # No write, no restart (D-S19); the next look comes by itself.
+                log.warning("verdict_not_written", workspace_id=life.workspace_id, error=str(error)[:300])
+        self.told()
+
+    async def _seen(self, name: str, due: Sequence[Life]) -> Mapping[str, Observation]:
+        driver = self.drivers.get(name)
+        if driver is None:
+            return {life.workspace_id: Observation(Seen.UNKNOWN, why=f"no driver {name} here") for life in due}
+        targets = [Target(life.workspace_id, life.runtime) for life in due]
+        try:
+            async with asyncio.timeout(_LIST_S):
+                if len(targets) == 1:
+                    return {targets[0].workspace_id: await driver.inspect(targets[0])}
+                return await driver.list(targets)
+        except TimeoutError:
+            unknown = Observation(Seen.UNKNOWN, why=f"no answer within {_LIST_S:.0f} s")
+            return {life.workspace_id: unknown for life in due}
+
+    async def _ended(self, ended: Exit) -> None:
+        seen = Observation(Seen.STOPPED, ended.container_id, why="the engine says so")
+        work = partial(self._judge, workspace_id=ended.workspace_id, fence=None, seen=seen, now=None, slow=False)
+        await transact(self.pool, work)
+        self.told()
+
+    async def _judge(
+        self, connection: Connection, *, workspace_id: str, fence: int | None, seen: Observation, now: datetime | None,
+        slow: bool,
+    ) -> None:  # fmt: skip
+        """Judge one look under the agent's lock; what was seen before a restart of it counts for nothing.
+
+        Without a fence it is an exit event: it counts for the very container that it names.
+        """
+        before = await store.lock(connection, [workspace_id])
+        life = before.get(workspace_id)
+        if life is None or (fence is not None and life.fence != fence):
+            return
+        if fence is None and life.container_id != seen.container_id:
+            return
+        moment = await store.clock(connection, now)
+        doubt = await self._doubt(connection, life, moment, slow=slow)
+        decision = judge(life, seen, moment, doubt, exited=fence is None)
+        await self._act(connection, life, seen, decision, moment, source="exit" if fence is None else "look")
+
+    async def _act(
+        self, connection: Connection, before: Life, seen: Observation, decision: Decision, now: datetime, *, source: str
+    ) -> None:
+        VERDICTS.labels(decision.verdict.value).inc()
+        life = decision.life
+        match decision.verdict:
+            case Verdict.DEAD if self.settings.mode == "observe":
+                log.warning("would_restart", workspace_id=life.workspace_id, why=decision.sentence)
+            case Verdict.DEAD:
+                if before.suspected_at is not None:
+                    DETECTED.observe((now - before.suspected_at).total_seconds())
+                life = await restart.declare_dead(connection, life, decision.reason, decision.sentence, now)
+                self.died()
+            case Verdict.WEDGED if life.restart_wedged and self.settings.mode == "act":
+                life = await restart.tell_and_restart(
+                    connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s
+                )
+            case Verdict.SUSPECT:
+                if decision.reason is Reason.HELD:
+                    HOLDS.inc()
+                log.info("suspect", workspace_id=life.workspace_id, why=decision.sentence)
+            case Verdict.BLIND if decision.reason is Reason.PROBE_BLIND:
+                log.error("probe_blind", workspace_id=life.workspace_id, why=decision.sentence)
+            case _:
+                pass
+        if _is_news(before, life, decision):
+            await store.record(connection, life, seen, decision, source=source, now=now)
+        await store.save(connection, {before.workspace_id: before}, [life], now)
+
+    async def _doubt(self, connection: Connection, life: Life, now: datetime, *, slow: bool) -> Doubt:
+        hearing = await connection.fetchrow(SQL["hearing"], now)
+        heard = await connection.fetchrow(SQL["fleet_heard"])
+        assert heard is not None, "it selects a count"
+        agents = suspects = 0
+        for row in await connection.fetch(SQL["fleet_doubts"], now):
+            if row["driver"] == life.driver:
+                agents, suspects = row["agents"], row["suspects"]
+        return doubt_of(
+            agents=agents, suspects=suspects, is_suspect=life.suspected_at is not None, expected=heard["expected"],
+            last_beat_at=heard["beat_at"], cadence_s=heard["cadence_s"] or 30.0,
+            listening_since=hearing["since_at"] if hearing is not None else None, self_slow=slow,
+            wedged_after_s=self.settings.wedged_after_s, now=now,
+        )  # fmt: skip
+
+
+def _is_news(before: Life, after: Life, decision: Decision) -> bool:
+    """Whether an observation is worth a row: a look that found nothing changed is not."""
+    if decision.verdict in {Verdict.ALIVE, Verdict.LEFT_ALONE, Verdict.WAIT, Verdict.BLIND}:
+        blind = (before.blind_since is None) != (after.blind_since is None)
+        return before.status is not after.status or before.container_id != after.container_id or blind
+    return True

@@ -1,0 +1,399 @@
+"""The one door: who is declared dead, and the only caller of a driver that starts or ends anything.
+
+Transaction 1 fences: this incarnation, believed alive, no other restart open; it writes the restart, marks the agent
+and tells. Then a replica leases the restart and calls the driver, bounded, with the container that it expects.
+Transaction 2 writes what came of it. A loser of the fence does nothing; no write, no restart. A restart whose lease has
+ended is finished by another replica under the same fence, and so once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from uuid import UUID
+
+from uuid_utils.compat import uuid7
+
+from services.liveness import store
+from services.liveness.decide import budget
+from services.liveness.decide.judge import Reason
+from services.liveness.decide.life import Life, Status, believed, unsuspected
+from services.liveness.decide.orders import Ruling, rule
+from services.liveness.decide.seen import Observation
+from services.liveness.drivers import CannotRunError, Driver, DriverError, FencedError, Killed, Target
+from services.liveness.metrics import CALLS_FAILED, ORDERS, RESTARTS, RESTARTS_ENDED
+from services.liveness.settings import Settings
+from services.liveness.store import SQL, Restart
+from shared import outbox
+from shared.database import Connection, Pool, transact
+from shared.facts import DirectiveKind, SessionDirective, SessionKill
+from shared.loops import Loop
+from shared.telemetry import log
+
+_CLAIM_MAX = 200
+_HELD_ELSEWHERE_S = 0.05
+_ERROR_MAX = 300
+_ALIVE = frozenset({Reason.OPERATOR, Reason.CEILING, Reason.WEDGED})
+"""Reasons that speak of an agent that runs: it goes down when its turn comes, not when that is decided."""
+
+
+async def declare_dead(
+    connection: Connection, life: Life, reason: Reason, evidence: str, now: datetime, *, notice_s: float = 0.0
+) -> Life:
+    """Transaction 1, inside the caller's, which holds the agent: open the restart, or give up. The caller saves it.
+
+    `notice_s`: what an agent that can still hear gets before its turn. A request during a restart is that restart.
+    """
+    if await store.find_open(connection, life.workspace_id) is not None:
+        ordered_at = now if reason in budget.UNBUDGETED else None
+        await connection.execute(SQL["ask_again"], life.workspace_id, ordered_at)
+        return life
+    since = now - timedelta(seconds=budget.BUDGET_WINDOW_S)
+    recent = await connection.fetchval(SQL["recent_restarts"], life.workspace_id, since)
+    plan = budget.plan(life, reason, recent, now)
+    if plan.due_at is None:
+        RESTARTS_ENDED.labels("gave_up").inc()
+        log.error("gave_up", workspace_id=life.workspace_id, why=plan.sentence)
+        return believed(unsuspected(plan.life), Status.GAVE_UP, plan.sentence)
+    due_at = plan.due_at + timedelta(seconds=notice_s)
+    fence = await connection.fetchval(
+        SQL["open_restart"], uuid7(), life.workspace_id, life.incarnation, reason.value, evidence,
+        "kill" if reason is Reason.CEILING else "start", now, due_at,
+    )  # fmt: skip
+    if fence is None:
+        return life  # the fence: somebody else was first, or it is another life
+    RESTARTS.labels(reason.value).inc()
+    log.warning("declared_dead", workspace_id=life.workspace_id, incarnation=life.incarnation, reason=reason.value,
+                fence=fence, evidence=evidence, due=plan.sentence)  # fmt: skip
+    after = replace(plan.life, fence=fence)
+    if reason in _ALIVE:
+        return after
+    return believed(unsuspected(replace(after, boot_until=None)), Status.OFFLINE, evidence)
+
+
+async def tell_and_restart(
+    connection: Connection, life: Life, reason: Reason, evidence: str, now: datetime, *, notice_s: float
+) -> Life:
+    """Restart an agent that may still hear: it is asked to save its work first (A-L-19)."""
+    notice_s = notice_s if life.heard_at is not None else 0.0
+    after = await declare_dead(connection, life, reason, evidence, now, notice_s=notice_s)
+    if after.fence > life.fence and notice_s > 0:
+        directive = SessionDirective(
+            workspace_id=life.workspace_id,
+            rev=after.fence,
+            directive_id=uuid7(),
+            session_id=f"restart:{life.workspace_id}:{life.incarnation}:{after.fence}",
+            incarnation=life.incarnation,
+            kind=DirectiveKind.CHECKPOINT,
+            reason="restart",
+            deadline=now + timedelta(seconds=notice_s),
+        )
+        await outbox.add(connection, [directive])
+    return after
+
+
+async def order(
+    connection: Connection, life: Life | None, fact: SessionKill, now: datetime, *, drivers: Collection[str]
+) -> Life | None:
+    """Take an order to kill: answer it, or open the restart whose kill answers it. `drivers`: those that may act."""
+    opened = life is not None and await store.find_open(connection, life.workspace_id) is not None
+    killed = await connection.fetchval(SQL["was_killed"], fact.workspace_id, fact.incarnation)
+    ruling = rule(
+        life, incarnation=fact.incarnation, expires_at=fact.expires_at, is_opened=opened, was_killed=killed,
+        drivers=drivers, now=now,
+    )  # fmt: skip
+    log.warning("kill_ordered", workspace_id=fact.workspace_id, session_id=fact.session_id, ruling=ruling.value)
+    if ruling not in {Ruling.KILL, Ruling.JOIN}:
+        await _answer(connection, fact.order_id, ruling.value, now)
+        return life
+    assert life is not None
+    return await declare_dead(connection, life, Reason.CEILING, f"ordered for session {fact.session_id}", now)
+
+
+async def withdraw(connection: Connection, life: Life, result: str, now: datetime) -> bool:
+    """End a restart that nobody has begun: its agent speaks again, or is another one, or is gone."""
+    row = await connection.fetchrow(SQL["find_open"], life.workspace_id)
+    if row is None or row["owner"] is not None:
+        return False
+    await _end(connection, row["restart_id"], result, now)
+    await _settle_orders(connection, life, now)
+    return True
+
+
+async def _end(
+    connection: Connection, restart_id: UUID, result: str, now: datetime, *, error: str | None = None,
+    owner: str | None = None,
+) -> bool:  # fmt: skip
+    words = error[:_ERROR_MAX] if error is not None else None
+    if await connection.fetchval(SQL["end_restart"], restart_id, now, result, words, owner) is None:
+        return False
+    RESTARTS_ENDED.labels(result).inc()
+    return True
+
+
+async def _answer(connection: Connection, order_id: UUID, result: str, now: datetime) -> None:
+    if await store.answer_order(connection, order_id, result, now):
+        ORDERS.labels(result).inc()
+
+
+async def _settle_orders(connection: Connection, life: Life, now: datetime) -> None:
+    """Answer the orders of a kill that will not happen: of another life they are stale, else they have expired."""
+    for row in await connection.fetch(SQL["open_orders"], life.workspace_id):
+        if row["incarnation"] < life.incarnation:
+            await _answer(connection, row["order_id"], "stale", now)
+        elif life.removed:
+            await _answer(connection, row["order_id"], "already_ended", now)
+        else:
+            await _answer(connection, row["order_id"], "expired", now)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A restart that this replica holds, until `until` by its own monotonic clock."""
+
+    restart: Restart
+    life: Life
+    until: float
+    kill_until: float
+    """A kill must have begun by then: the gate opens."""
+
+
+class Restarts:
+    """Begins what is due, within the cap of each engine. Every replica turns it; `told` follows a commit with facts."""
+
+    def __init__(
+        self, settings: Settings, pool: Pool, drivers: Mapping[str, Driver], *, told: Callable[[], None]
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._drivers = drivers
+        self._told = told
+        self._running: set[asyncio.Task[None]] = set()
+        self.loop = Loop("restarts", self.run_once)
+
+    async def run_once(self, now: datetime | None = None) -> float:
+        """Lease what is due and call drivers beside this loop; return the seconds until the next is due."""
+        jobs = await transact(self._pool, partial(self._claim, now=now))
+        if jobs:
+            self._told()
+        for job in jobs:
+            task = asyncio.create_task(self._carry_out(job, now), name=f"restart {job.restart.workspace_id}")
+            self._running.add(task)
+            task.add_done_callback(self._done)
+        until_s: float | None = await self._pool.fetchval(SQL["next_restart_in"], now)
+        if until_s is None:
+            return self._settings.look_s
+        return min(max(until_s, _HELD_ELSEWHERE_S if until_s > 0 else 1.0), self._settings.look_s)
+
+    async def settled(self) -> None:
+        """Come back when no driver call of this replica is under way."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    async def stop(self, within_s: float) -> None:
+        """Wait for the calls under way; what is cut short is finished by another replica."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=within_s)
+        for task in self._running:
+            task.cancel()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Not written: the lease ends, and somebody goes on under the same fence.
+            log.error("restart_not_written", error=f"{type(error).__name__}: {error}"[:_ERROR_MAX])
+        self.loop.wake()
+
+    # ── transaction 1 of an agent that runs; the lease of every one ──────────────────────────────────────────────────
+
+    async def _claim(self, connection: Connection, *, now: datetime | None) -> list[_Job]:
+        await connection.execute(SQL["hold_fleet"])
+        moment = await store.clock(connection, now)
+        room = await self._room(connection, moment)
+        jobs = []
+        for due in await connection.fetch(SQL["due_restarts"], moment, _CLAIM_MAX):
+            row = await connection.fetchrow(SQL["lock_restart"], due["restart_id"])
+            assert row is not None, "it is held"
+            restart = store.restart_of(row)
+            life = (await store.lock(connection, [restart.workspace_id]))[restart.workspace_id]
+            if (job := await self._begin(connection, restart, life, moment, room)) is not None:
+                jobs.append(job)
+        return jobs
+
+    async def _room(self, connection: Connection, moment: datetime) -> dict[str, int]:
+        rows = await connection.fetch(SQL["fleet_in_flight"], moment, self._settings.boot_slot_s)
+        return {row["driver"]: budget.fleet_max(row["agents"]) - row["in_flight"] for row in rows}
+
+    async def _begin(
+        self, connection: Connection, restart: Restart, life: Life, moment: datetime, room: dict[str, int]
+    ) -> _Job | None:
+        live = await self._live_orders(connection, restart, moment)
+        observes = self._settings.mode == "observe"
+        if (result := _why_not(restart, life, has_orders=bool(live), observes=observes)) is not None:
+            await _end(connection, restart.restart_id, result, moment)
+            await _settle_orders(connection, life, moment)
+            await self._release(connection, life, moment, down=False)
+            return None
+        if restart.driver not in self._drivers:
+            return None  # a replica that has this driver does it
+        if room.get(restart.driver, 0) <= 0:
+            return None
+        room[restart.driver] -= 1
+        await connection.execute(
+            SQL["lease_restart"], restart.restart_id, moment, self._settings.lease_s, self._settings.replica_id
+        )
+        words = f"it is being restarted: {restart.reason}"
+        down = believed(life, Status.RESTARTING, words)
+        await store.save(connection, {life.workspace_id: life}, [down], moment)
+        started = time.monotonic()
+        left_s = min(((row - moment).total_seconds() for row in live), default=0.0)
+        return _Job(restart, down, started + self._settings.lease_s, started + left_s)
+
+    async def _live_orders(self, connection: Connection, restart: Restart, moment: datetime) -> list[datetime]:
+        """When the orders expire that this kill may still answer; those that have are closed."""
+        live = []
+        for row in await connection.fetch(SQL["open_orders"], restart.workspace_id):
+            if restart.phase == "kill" and row["expires_at"] <= moment:
+                await _answer(connection, row["order_id"], "expired", moment)
+            else:
+                live.append(row["expires_at"])
+        return live
+
+    # ── the driver call ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _carry_out(self, job: _Job, now: datetime | None) -> None:
+        """Call the driver and write what came of it."""
+        restart = job.restart
+        driver = self._drivers[restart.driver]
+        target = Target(restart.workspace_id, job.life.runtime)
+        try:
+            if restart.phase == "kill":
+                killed = await self._kill(driver, target, job)
+                if not await transact(self._pool, partial(self._killed, job=job, killed=killed, now=now)):
+                    return
+            seen = await self._start(driver, target, job)
+        except CannotRunError as error:
+            await self._finish(job, "cannot_run", str(error), now)
+        except FencedError as error:
+            await self._finish(job, "replaced", str(error), now)
+        except (DriverError, TimeoutError) as error:
+            await self._postpone(job, str(error) or "the driver did not answer in time", now)
+        else:
+            await transact(self._pool, partial(self._started, job=job, seen=seen, now=now))
+        self._told()
+
+    async def _kill(self, driver: Driver, target: Target, job: _Job) -> Killed:
+        expected = job.restart.container_id
+        async with asyncio.timeout(self._settings.call_s):
+            if expected is None:
+                expected = (await driver.inspect(target)).container_id
+            if time.monotonic() >= min(job.until, job.kill_until):
+                raise DriverError("the order or the lease ended before the driver was called")
+            return await driver.kill(target, expected=expected, fence=job.restart.fence)
+
+    async def _start(self, driver: Driver, target: Target, job: _Job) -> Observation:
+        if time.monotonic() >= job.until:
+            raise DriverError("the lease ended before the driver was called")
+        async with asyncio.timeout(self._settings.call_s):
+            return await driver.restart(target, expected=job.restart.container_id, fence=job.restart.fence)
+
+    # ── transaction 2 ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _killed(self, connection: Connection, *, job: _Job, killed: Killed, now: datetime | None) -> bool:
+        """Answer the orders. Returns whether a start is to follow."""
+        moment = await store.clock(connection, now)
+        life = (await store.lock(connection, [job.restart.workspace_id]))[job.restart.workspace_id]
+        if await connection.fetchval(SQL["killed_restart"], job.restart.restart_id, self._settings.replica_id) is None:
+            return False  # its lease had ended: another replica has gone on
+        results = {Killed.APPLIED: "applied", Killed.GONE: "already_ended", Killed.REPLACED: "stale"}
+        for row in await connection.fetch(SQL["open_orders"], life.workspace_id):
+            of_it = row["incarnation"] <= max(job.restart.incarnation, job.life.incarnation)
+            if of_it:
+                await _answer(connection, row["order_id"], results[killed], moment)
+        log.warning("killed", workspace_id=life.workspace_id, result=killed.value, fence=job.restart.fence)
+        stays_down = life.desired == "stopped" or life.paused or life.cordoned or life.removed
+        if killed is not Killed.REPLACED and not stays_down:
+            return True
+        result = "replaced" if killed is Killed.REPLACED else "killed"
+        await _end(connection, job.restart.restart_id, result, moment, owner=self._settings.replica_id)
+        await self._release(connection, life, moment, down=killed is not Killed.REPLACED)
+        return False
+
+    async def _release(self, connection: Connection, life: Life, moment: datetime, *, down: bool) -> None:
+        """Let an agent go whose restart ended without a start."""
+        after = replace(life, next_check_at=moment if life.driver is not None and not life.removed else None)
+        if life.status in {Status.OFFLINE, Status.RESTARTING}:
+            status = Status.OFFLINE if down else Status.ONLINE
+            after = believed(after, status, "it was ended, and is not wanted back" if down else "")
+        await store.save(connection, {life.workspace_id: life}, [after], moment)
+
+    async def _started(self, connection: Connection, *, job: _Job, seen: Observation, now: datetime | None) -> None:
+        moment = await store.clock(connection, now)
+        life = (await store.lock(connection, [job.restart.workspace_id]))[job.restart.workspace_id]
+        if not await _end(connection, job.restart.restart_id, "started", moment, owner=self._settings.replica_id):
+            log.warning("restart_was_finished", workspace_id=life.workspace_id, fence=job.restart.fence)
+            return
+        after = replace(
+            life,
+            container_id=seen.container_id,
+            started_at=seen.started_at,
+            restarts=life.restarts + 1,
+            restarted_at=moment,
+            suspected_at=None,
+            suspected_last_at=None,
+            suspicions=0,
+            next_check_at=moment + timedelta(seconds=self._settings.sweep_s),
+        )
+        if life.incarnation == job.restart.incarnation and not life.removed:
+            boot_until = moment + timedelta(seconds=self._settings.boot_s)
+            after = replace(after, boot_until=boot_until, unheard=life.unheard + 1)
+            after = believed(after, Status.RESTARTING, "it was started and has not been heard yet")
+        await store.save(connection, {life.workspace_id: life}, [after], moment)
+        fence = job.restart.fence
+        log.warning("restarted", workspace_id=life.workspace_id, container_id=seen.container_id, fence=fence)
+
+    async def _finish(self, job: _Job, result: str, error: str, now: datetime | None) -> None:
+        async def work(connection: Connection) -> None:
+            moment = await store.clock(connection, now)
+            life = (await store.lock(connection, [job.restart.workspace_id]))[job.restart.workspace_id]
+            owner = self._settings.replica_id
+            if not await _end(connection, job.restart.restart_id, result, moment, error=error, owner=owner):
+                return
+            await _settle_orders(connection, life, moment)
+            if result == "cannot_run":
+                after = believed(life, Status.GAVE_UP, error)
+                await store.save(connection, {life.workspace_id: life}, [after], moment)
+            else:
+                await self._release(connection, life, moment, down=False)
+
+        await transact(self._pool, work)
+        log.error("restart_ended", workspace_id=job.restart.workspace_id, result=result, error=error[:_ERROR_MAX])
+
+    async def _postpone(self, job: _Job, error: str, now: datetime | None) -> None:
+        """The call failed or hung: again, later each time, with a row that says so (D-S20)."""
+        CALLS_FAILED.inc()
+        wait_s = budget.retry_s(job.restart.tries + 1)
+
+        async def work(connection: Connection) -> None:
+            moment = await store.clock(connection, now)
+            due_at = moment + timedelta(seconds=wait_s)
+            await connection.execute(
+                SQL["postpone_restart"], job.restart.restart_id, due_at, error[:_ERROR_MAX], self._settings.replica_id
+            )
+
+        await transact(self._pool, work)
+        log.error("driver_call_failed", workspace_id=job.restart.workspace_id, error=error[:_ERROR_MAX], again_s=wait_s)
+
+
+def _why_not(restart: Restart, life: Life, *, has_orders: bool, observes: bool) -> str | None:
+    """Why a restart is not begun after all; None: it is."""
+    if life.incarnation > restart.incarnation and life.status not in {Status.OFFLINE, Status.RESTARTING}:
+        return "recovered"
+    if restart.phase == "kill":
+        return None if has_orders and life.driver == restart.driver and not observes else "withdrawn"
+    unwanted = life.removed or life.paused or life.cordoned or life.desired == "stopped"
+    return "withdrawn" if unwanted or observes or life.driver != restart.driver else None
