@@ -28,7 +28,7 @@ from services.scheduler.decide.fires import (
     upcoming,
 )
 from services.scheduler.decide.kills import Began, Closing, Flight, may_kill
-from services.scheduler.decide.seen import Activity, News, Seen, compare, foreign
+from services.scheduler.decide.seen import Activity, News, Seen, compare, foreign, is_being_killed
 from services.scheduler.decide.sessions import (
     Ask,
     Directive,
@@ -55,6 +55,7 @@ __all__ = [
     "CATCH_UP", "MOMENTS_MAX", "OUTCOMES", "WINDOW_MAX_S", "WINDOW_MIN_S", "Activity", "Ask", "Began", "Closing",
     "Directive", "Due", "Flight", "Gate", "Kill", "News", "Outcome", "Pace", "Rule", "Rules", "Say", "Schedule", "Seen",
     "Session", "Several", "State", "Step", "Stop", "Waiting", "ask_by_hand", "bounced", "bounded", "ceiling_at",
-    "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back", "is_over", "kill_refused", "may_kill",
-    "next_step", "offset", "overdue", "ran_at", "revised", "step", "stop", "timing", "upcoming",
+    "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back", "is_being_killed", "is_over",
+    "kill_refused", "may_kill", "next_step", "offset", "overdue", "ran_at", "revised", "step", "stop", "timing",
+    "upcoming",
 ]  # fmt: skip

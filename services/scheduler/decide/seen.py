@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 from uuid import UUID
 
-from services.scheduler.decide.sessions import Session
+from services.scheduler.decide.sessions import Session, State
 
 BEATS = 2
 """So many heartbeats in a row show foreign work, or so many snapshots none, before it is believed."""
@@ -59,7 +59,9 @@ def compare(
         open_ids.add(session.session_id)
         if incarnations.get(session.workspace_id, 0) > session.incarnation:
             outlived.append(session)
-        elif session.kind != "foreign" and session.session_id not in there and session.noted_at < at:
+        elif session.kind == "foreign" or session.session_id in there or session.noted_at >= at:
+            continue
+        elif not is_being_killed(session, at):
             gone.append(session)
     old_enough = at - timedelta(seconds=note_after_s)
     begun = tuple(
@@ -71,6 +73,12 @@ def compare(
         if each.session_id not in open_ids and each.started_at <= old_enough
     )  # fmt: skip
     return News(begun, tuple(gone), tuple(outlived))
+
+
+def is_being_killed(session: Session, now: datetime) -> bool:
+    """Whether an order is on its way that would hit whatever begins there next: then its gate must stay closed."""
+    is_ordered = session.state is State.KILL_ORDERED
+    return is_ordered and session.deadline_at is not None and now < session.deadline_at
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from services.scheduler.decide.kills import Closing, Flight, may_kill
 
 NEAR = 0.75
 """The part of its ceiling after which a session is told that it nears."""
+LEAD_S = 0.5
+"""How much earlier than the agent its holder hears of a stop: the one writes it down, the other may answer at once."""
 
 
 class State(StrEnum):
@@ -190,10 +192,11 @@ def stop(session: Session, rules: Rules, now: datetime, reason: StopReason, pace
         state=State.STOP_SENT,
         stop_reason=reason,
         deadline_at=now + timedelta(seconds=rules.stop_grace_s),
-        said_at=now,
+        # The agent itself is told a moment later, and its holder once more: what it answers then is known as stopped.
+        said_at=now - timedelta(seconds=pace.repeat_s - LEAD_S),
         gate_said_at=now,
     )
-    says = (Stop(reason), Directive("stop", reason), Gate(now + timedelta(seconds=pace.gate_s)))
+    says = (Stop(reason), Gate(now + timedelta(seconds=pace.gate_s)))
     return Step(stopped, says, _soonest(stopped.deadline_at, *_repeats(stopped, now, pace)))
 
 

@@ -203,7 +203,7 @@ class Sessions:
                 changed.append(after)
             if session is not None:
                 begun.append(session)
-            if is_over:
+            if is_over and not decide.is_being_killed(running[name], at):
                 ended.append(running[name])
         await store.save_activities(connection, changed)
         return begun, ended
