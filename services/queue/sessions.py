@@ -25,7 +25,6 @@ from shared.facts import KillDone, SessionGate, SessionStop
 from shared.intake import Tell
 from shared.telemetry import log
 
-
 _NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
 
 
