@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 from uuid_utils.compat import uuid7
 
-from services.queue import deliver
+from services.queue import deliver, evidence
 from services.queue.decide import Reply
 from services.queue.deliver import Ending
 from services.queue.store import SQL, Stop, stop
@@ -358,6 +358,26 @@ async def test_a_slot_is_free_though_the_word_of_the_kill_is_lost(chief: Supervi
         assert item["status"] == "completed"
 
 
+async def test_a_new_life_ends_what_the_last_one_was_told_to_stop(chief: Supervisor) -> None:
+    """C-K13: the kill left the connection half open, and its confirmation was lost."""
+    name = fresh()
+    async with puppet() as mute:
+        await chief.front.register(name, mute.url)
+        queue_id, waits = await kept(chief, name), await kept(chief, name)
+        await until(lambda: _asked(mute, "message/send"))
+        await chief.stop(name, queue_id)
+        await chief.front.register(name, mute.url, incarnation=2)
+        (item,) = await chief.front.ended(queue_id)
+        assert (item["status"], item["reason"]) == ("failed", "ceiling")
+        await until(lambda: _asked(mute, "message/send", 2))
+        await chief.front.register(name, mute.url, incarnation=3)
+        await until(lambda: chief._true("SELECT incarnation = 3 FROM workspaces WHERE workspace_id = $1", name))
+        await chief.snapshot()
+        assert (await chief.front.item(waits))["status"] == "dispatched", "nobody told this one to stop"
+        await chief.stop(name, waits)
+        await chief.front.ended(waits)
+
+
 @pytest.mark.parametrize("ever", [1, 0], ids=["it did say 1", "it always says 0"])
 async def test_what_the_beats_of_an_agent_no_longer_show_is_abandoned(chief: Supervisor, ever: int) -> None:
     """It dropped the message and never said so: its next beat after the grace does, if its beats ever said anything."""
@@ -459,8 +479,11 @@ async def test_a_row_that_was_told_to_stop_never_waits_again(stack: Stack) -> No
 # ── evidence ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_comes_back_is_evidence_of_the_life_that_it_was_sent_to(chief: Supervisor) -> None:
-    """That it answers is told once in a while; trouble every time; nothing is told of what says nothing."""
+async def test_what_comes_back_is_evidence_of_the_life_that_it_was_sent_to(
+    chief: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it answers is told once in a while; trouble every time."""
+    monkeypatch.setattr(evidence, "LIFE_EVERY_S", 3600.0)
     name = fresh()
     async with agent(name, work_s=0.01) as worker:
         await chief.front.register(name, worker.url, incarnation=3)

@@ -46,6 +46,8 @@ class Item:
     """Why its delivery was told to stop."""
     hung_up: bool = False
     """Its owner hangs up as soon as it reads that."""
+    life: int = 0
+    """Of its agent, when it was claimed."""
     not_before: float | None = None
     waits: tuple[float, float] | None = None
     """How long it has just been told to wait, at least and at most; until that was observed."""
@@ -245,6 +247,7 @@ class Model:
                 left.remove(item.queue_id)
                 item.status, item.owner = "dispatched", owner
                 item.delivery_no += 1
+                item.life = seat.incarnation
                 seat.deliveries[item.queue_id, item.delivery_no] = Delivery(now)
         assert not left, f"nobody looked at {left}"
 
@@ -279,6 +282,10 @@ class Model:
                 lost_s = now - max(since, item.enqueued_at)
                 item.give_up_at += lost_s
                 item.expires_at = item.expires_at + lost_s if item.expires_at is not None else None
+
+    def is_let_go(self, item: Item) -> bool:
+        """Whether its owner hangs up: nothing else can end it, or its agent has begun another life since its stop."""
+        return item.hung_up or (item.stop is not None and self.seat(item.workspace).incarnation > item.life)
 
     def _first(self, item: Item) -> Item:
         """Who stands first in its lane."""

@@ -22,7 +22,8 @@ from tests.chaos.kit.model_seat import Seat
 
 ROWS = """
 SELECT queue_id, workspace_id, status, delivery_no, attempts, deaths, owner, agent_task_id, priority, lane, rank_ms,
-  cancel_at IS NOT NULL AS cancel, stop_reason AS stop, hang_up_at IS NOT NULL AS hung_up, extract(epoch FROM not_before)::float8 AS not_before,
+  cancel_at IS NOT NULL AS cancel, stop_reason AS stop, hang_up_at IS NOT NULL AS hung_up,
+  extract(epoch FROM not_before)::float8 AS not_before,
   extract(epoch FROM enqueued_at)::float8 AS enqueued_at, extract(epoch FROM expires_at)::float8 AS expires_at,
   extract(epoch FROM give_up_at)::float8 AS give_up_at, encode(key_hash, 'hex') AS key, retry_of
 FROM a2a_queue WHERE workspace_id = ANY($1::text[])"""
@@ -40,7 +41,8 @@ SELECT id, convert_from(fact, 'UTF8')::jsonb ->> 'queue_id' AS queue_id,
   convert_from(fact, 'UTF8')::jsonb ->> 'status' AS status, convert_from(fact, 'UTF8')::jsonb ->> 'reason' AS reason
 FROM outbox WHERE id > $1 ORDER BY id"""
 AS_MODELED = (
-    "status", "delivery_no", "attempts", "deaths", "owner", "cancel", "stop", "hung_up", "lane", "rank_ms", "not_before", "enqueued_at",
+    "status", "delivery_no", "attempts", "deaths", "owner", "cancel", "stop", "hung_up", "lane",
+    "rank_ms", "not_before", "enqueued_at",
     "expires_at", "give_up_at", "key", "retry_of",
 )  # fmt: skip
 NUMBERS = {"CRITICAL": 100, "TASK": 50, "INFO": 10}

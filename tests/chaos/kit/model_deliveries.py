@@ -130,14 +130,14 @@ class Deliveries(Messages):
             for item in self.model.items.values()
             if item.status == "dispatched" and item.owner == replica.name
         }
-        gone = [task for key, (_, task) in held.items() if key not in owned or owned[key].hung_up]
+        gone = [task for key, (_, task) in held.items() if key not in owned or self.model.is_let_go(owned[key])]
         await asyncio.gather(*gone, return_exceptions=True)
         orphans = owned.keys() - in_hand
         adopted = orphans & self.orphans.get(replica.name, set())
         self.orphans[replica.name] = orphans
         assert adopted <= replica.drain._endings.keys(), "a claim that was never confirmed goes back"
         self.seen["adopted"] += len(adopted)
-        stay = {key for key in held.keys() & owned.keys() if not owned[key].hung_up}
+        stay = {key for key in held.keys() & owned.keys() if not self.model.is_let_go(owned[key])}
         assert replica.drain.running.keys() == stay, "a row is let go that is no longer ours, or that nothing else ends"
         for key, (delivery, _) in replica.drain.running.items():
             assert delivery.item.cancel_requested or not owned[key].cancel, "a cancel reaches who delivers"

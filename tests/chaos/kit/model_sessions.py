@@ -23,7 +23,7 @@ class Endings(Deliveries):
         by=some, index=some, session=st.sampled_from("st"), closed=st.sampled_from([True, False, False]),
         for_s=st.sampled_from([-1.0, 5.0, 5.0, 120.0]), old=st.sampled_from([None, None, None, 0, 1]),
     )  # fmt: skip
-    def gate(self, by: int, index: int, session: str, closed: bool, for_s: float, old: int | None) -> None:
+    def gate(self, by: int, index: int, *, session: str, closed: bool, for_s: float, old: int | None) -> None:
         """A session comes into the gate, is renewed, leaves; or something that was said before comes late."""
         seat = self.seat(index)
         said = self.words.setdefault((seat.name, session), [])
@@ -44,13 +44,15 @@ class Endings(Deliveries):
 
     @rule(
         by=some, index=some, reason=st.sampled_from(["ceiling", "ceiling", "operator"]),
-        number=st.sampled_from([0, 0, 0, -1]), hopeless=st.sampled_from([False, False, True]),
+        number=st.sampled_from([0, 0, 0, -1]), hopeless=st.sampled_from([False, False, True]), read=st.booleans(),
     )  # fmt: skip
     def stop(self, by: int, index: int, **said: Any) -> None:
         """A delivery is told to stop, or one that is over; or nothing could end it, and its owner hangs up."""
         self.run(self._stopped(self.pick(by), index, **said))
 
-    async def _stopped(self, replica: Replica, index: int, *, reason: str, number: int, hopeless: bool) -> None:
+    async def _stopped(
+        self, replica: Replica, index: int, *, reason: str, number: int, hopeless: bool, read: bool
+    ) -> None:  # fmt: skip
         found = sorted(self.model.items.values(), key=lambda item: (item.status != "dispatched", item.queue_id))
         if not found:
             return
@@ -69,3 +71,5 @@ class Endings(Deliveries):
         item.stop = item.stop or ("ceiling" if hopeless else reason)
         item.hung_up = item.hung_up or hopeless
         self.seen["hung up" if hopeless else "stopped"] += 1
+        for each in self.replicas if read else ():
+            await self.reread(each)
