@@ -36,7 +36,7 @@ _FORGET_ROWS = 2000
 
 @dataclass(slots=True)
 class Loops:
-    """Each method is one loop's `run_once`; `died` is called when a restart was opened."""
+    """Each method is one loop's `run_once`; `died` is called after a commit that may have opened a restart."""
 
     settings: Settings
     pool: Pool
@@ -132,6 +132,7 @@ class Loops:
                 # No write, no restart (D-S19); the next look comes by itself.
                 log.warning("verdict_not_written", workspace_id=life.workspace_id, error=str(error)[:300])
         self.told()
+        self.died()
 
     async def _seen(self, name: str, due: Sequence[Life]) -> Mapping[str, Observation]:
         driver = self.drivers.get(name)
@@ -152,6 +153,7 @@ class Loops:
         work = partial(self._judge, workspace_id=ended.workspace_id, fence=None, seen=seen, now=None, slow=False)
         await transact(self.pool, work)
         self.told()
+        self.died()
 
     async def _judge(
         self, connection: Connection, *, workspace_id: str, fence: int | None, seen: Observation, now: datetime | None,
@@ -184,7 +186,6 @@ class Loops:
                 if before.suspected_at is not None:
                     DETECTED.observe((now - before.suspected_at).total_seconds())
                 life = await restart.declare_dead(connection, life, decision.reason, decision.sentence, now)
-                self.died()
             case Verdict.WEDGED if life.restart_wedged and self.settings.mode == "act":
                 life = await restart.tell_and_restart(
                     connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s
