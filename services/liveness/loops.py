@@ -13,7 +13,7 @@ from functools import partial
 from services.liveness import restart, store
 from services.liveness.decide.doubts import doubt_of
 from services.liveness.decide.judge import Decision, Doubt, Reason, Verdict, judge
-from services.liveness.decide.life import Life, Status
+from services.liveness.decide.life import DOWN, Life, Status, believed
 from services.liveness.decide.seen import Observation, Seen
 from services.liveness.drivers import Driver, Exit, Target
 from services.liveness.metrics import BLIND, DETECTED, HEARD_AGE, HOLDS, PROBES, STATUSES, VERDICTS
@@ -170,9 +170,13 @@ class Loops:
         if fence is None and life.container_id != seen.container_id:
             return
         moment = await store.clock(connection, now)
+        if life.status in DOWN and life.boot_until is None and await store.find_open(connection, workspace_id) is None:
+            life = believed(life, Status.ONLINE, "")  # nobody is at it any more
         doubt = await self._doubt(connection, life, moment, slow=slow)
         decision = judge(life, seen, moment, doubt, exited=fence is None)
-        await self._act(connection, life, seen, decision, moment, source="exit" if fence is None else "look")
+        await self._act(
+            connection, before[workspace_id], seen, decision, moment, source="exit" if fence is None else "look"
+        )
 
     async def _act(
         self, connection: Connection, before: Life, seen: Observation, decision: Decision, now: datetime, *, source: str

@@ -32,7 +32,7 @@ from shared.facts import (
     WorkspaceHeartbeat,
     WorkspaceRegistered,
 )
-from shared.processes import Mark, is_alive
+from shared.processes import Mark, is_alive, mark_of
 from tests.conftest import Stack
 
 TABLES = "agents, evidence, restarts, orders, proxies, audit, outbox, inbox, dead_letters"
@@ -105,6 +105,9 @@ class AgentsFile:
         except FileNotFoundError:
             return None
         return Mark(said["pid"], said["start_ticks"])
+
+    def find(self, pid: int) -> Mark | None:
+        return mark_of(pid)
 
     def runs(self, workspace_id: str) -> bool:
         mark = self.mark(workspace_id)
