@@ -138,7 +138,10 @@ RETURNING order_id
 SELECT * FROM orders WHERE workspace_id = $1 AND result IS NULL ORDER BY order_id
 
 -- name: was_killed
-SELECT EXISTS (SELECT FROM orders WHERE workspace_id = $1 AND incarnation = $2 AND result = 'applied')
+-- An agent without boot ids keeps its number through a restart: what was killed so long ago was another life of it.
+SELECT EXISTS (
+  SELECT FROM orders
+  WHERE workspace_id = $1 AND incarnation = $2 AND result = 'applied' AND answered_at > $3::timestamptz - interval '180 seconds')
 
 -- name: answer_order
 UPDATE orders SET result = $2, answered_at = $3 WHERE order_id = $1 AND result IS NULL

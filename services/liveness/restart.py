@@ -102,7 +102,7 @@ async def order(
 ) -> Life | None:
     """Take an order to kill: answer it, or open the restart whose kill answers it. `drivers`: those that may act."""
     opened = life is not None and await store.find_open(connection, life.workspace_id) is not None
-    killed = await connection.fetchval(SQL["was_killed"], fact.workspace_id, fact.incarnation)
+    killed = await connection.fetchval(SQL["was_killed"], fact.workspace_id, fact.incarnation, now)
     ruling = rule(
         life, incarnation=fact.incarnation, expires_at=fact.expires_at, is_opened=opened, was_killed=killed,
         drivers=drivers, now=now,
