@@ -216,6 +216,8 @@ class ProcessDriver:
         try:
             written = tomllib.loads(self._agents_file.read_text(encoding="utf-8"))
             return Agents.model_validate(written).agents.get(workspace_id)
+        except FileNotFoundError:
+            return None
         except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
             raise DriverError(f"{self._agents_file} cannot be used: {error}") from error
 
