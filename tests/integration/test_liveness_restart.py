@@ -585,3 +585,51 @@ async def test_a_verdict_that_cannot_be_written_restarts_nothing(one: Replica, e
     await one.look()
     await one.restart()
     assert engine.calls == [("restart", "w1", 1)]
+
+
+async def test_nothing_that_is_seen_during_a_restart_begins_another(
+    one: Replica, two: Replica, engine: FakeEngine
+) -> None:
+    """A-L-05, D-S9: neither before its turn, nor during the call, nor while it boots."""
+    await crashed(one, engine, "w1")
+    now = datetime.now(UTC)
+    await one.look(now)
+    await two.look(now + timedelta(seconds=1))
+    engine.before_call = asyncio.Event()
+    await one.restarts.run_once(now)
+    await engine.called.wait()
+    await two.look(now + timedelta(seconds=12))
+    engine.before_call.set()
+    await one.restarts.settled()
+    engine.crash("w1")
+    for seconds in (15, 30, 119):
+        await two.look(now + timedelta(seconds=seconds))
+        await two.restart(now + timedelta(seconds=seconds))
+    assert engine.calls == [("restart", "w1", 1)]
+    await two.look(now + timedelta(seconds=121))
+    await two.restart(now + timedelta(seconds=121))
+    assert len(engine.calls) == 2, "its boot is over, and it is not there"
+
+
+async def test_a_machine_that_is_gone_is_found_without_any_traffic(one: Replica, engine: FakeEngine) -> None:
+    """A-L-10: nobody calls it, nobody hears it, its row says online."""
+    await crashed(one, engine, "w1")
+    assert (await agent_row(one.pool, "w1"))["status"] == "online"
+    await one.look()
+    await one.restart()
+    assert engine.calls == [("restart", "w1", 1)]
+
+
+async def test_after_a_false_alarm_a_real_death_is_found_as_before(one: Replica, engine: FakeEngine) -> None:
+    """A-L-16."""
+    await crashed(one, engine, "w1")
+    await one.look()
+    await one.hear(beat("w1"))
+    engine.start("w1")
+    await one.restart()
+    await one.look()
+    engine.crash("w1")
+    await one.silence("w1")
+    await one.look()
+    await one.restart()
+    assert [row["result"] for row in await restart_rows(one.pool, "w1")] == ["recovered", "started"]
