@@ -13,7 +13,6 @@ from services.liveness.metrics import EVIDENCE
 from services.liveness.store import SQL
 from shared.database import Connection
 from shared.facts import (
-    FLEET,
     FactT,
     ProxyBeat,
     SessionKill,
@@ -53,7 +52,7 @@ class Handlers:
             if life is not None:
                 after.append(await _settled(connection, before.get(fact.workspace_id), life, now))
         await store.save(connection, before, after, now)
-        return self._wake
+        return self.wake
 
     async def removed(self, connection: Connection, facts: Sequence[WorkspaceRemoved]) -> Tell:
         """Let a workspace go for ever, and its restart with it."""
@@ -67,7 +66,7 @@ class Handlers:
                 await restart.withdraw(connection, life, "withdrawn", now)
                 after.append(life)
         await store.save(connection, before, after, now)
-        return self._wake
+        return self.wake
 
     async def heartbeats(self, connection: Connection, facts: Sequence[WorkspaceHeartbeat]) -> Tell:
         """Hear agents; of each only the newest beat of its newest incarnation."""
@@ -100,9 +99,7 @@ class Handlers:
 
     async def proxy_beats(self, connection: Connection, facts: Sequence[ProxyBeat]) -> None:
         """Remember which proxies are heard: while none is, silence counts for nobody (D-S1)."""
-        heard = sorted({fact.proxy_id for fact in facts if fact.workspace_id == FLEET or fact.forwards})
-        if heard:
-            await connection.execute(SQL["hear_proxies"], heard)
+        await connection.execute(SQL["hear_proxies"], sorted({fact.proxy_id for fact in facts}))
 
     async def kill(self, connection: Connection, facts: Sequence[SessionKill]) -> Tell:
         """Take orders to end the container of a session; each is answered once."""
@@ -118,7 +115,7 @@ class Handlers:
         await store.save(connection, before, list(after.values()), now)
         return self.wake_restarts
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         self.wake_looks()
         self.wake_restarts()
 

@@ -42,3 +42,4 @@ class Settings(SharedSettings):
     look_s: float = Field(default=5.0, gt=0, le=60)
     """The longest sleep between two looks at what is due."""
     evidence_days: int = Field(default=7, ge=1)
+    """How long evidence, restarts that ended and orders that were answered are kept."""
