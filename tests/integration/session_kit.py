@@ -48,7 +48,7 @@ CREATE FUNCTION session_time.clock_timestamp() RETURNS timestamptz
 CREATE FUNCTION session_time.now() RETURNS timestamptz
   LANGUAGE sql STABLE AS 'SELECT now FROM session_time.clock'"""
 _IN_TEST_TIME = {"search_path": "scheduler, session_time, pg_catalog"}
-_EMPTY = f"TRUNCATE {TABLES}; UPDATE last_snapshot SET at = '-infinity', snapshot_id = NULL"
+EMPTY = f"TRUNCATE {TABLES}; UPDATE last_snapshot SET at = '-infinity', snapshot_id = NULL"
 FactT = TypeVar("FactT", bound=Fact)
 
 
@@ -94,7 +94,7 @@ class Supervisors:
     """Replicas of scheduler on empty tables; nothing turns by itself, and time is what the test says."""
 
     def __init__(self, settings: Settings, pool: Pool, replicas: int = 2) -> None:
-        self.pool = pool
+        self.settings, self.pool = settings, pool
         self.replicas = [Replica(settings, pool) for _ in range(replicas)]
         self.calendar = Calendar(settings, pool)
         self.calendar.post = self._answered  # type: ignore[method-assign]
@@ -107,6 +107,10 @@ class Supervisors:
             self.replicas[0].posted.append(fact)
         else:
             Calendar.post(self.calendar, fact, to=to)
+
+    @property
+    def now(self) -> datetime:
+        return at(self.now_s)
 
     async def until(self, seconds: float) -> None:
         """Let it be so many seconds after T0."""
@@ -260,11 +264,11 @@ async def supervised(stack: Stack, **settings: object) -> AsyncIterator[Supervis
             values.database_url.get_secret_value(), min_size=1, max_size=6, server_settings=_IN_TEST_TIME,
             reset=_nothing_to_reset,
         ) as pool:  # fmt: skip
-            await pool.execute(_EMPTY)
+            await pool.execute(EMPTY)
             opened = Supervisors(values, pool)
             await opened.until(0)
             yield opened
-            await pool.execute(_EMPTY)
+            await pool.execute(EMPTY)
     finally:
         await administrator.execute("DROP SCHEMA session_time CASCADE")
         await administrator.close()
