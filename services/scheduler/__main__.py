@@ -26,6 +26,7 @@ async def main(settings: Settings) -> None:
         service.reader.store(WorkspaceRegistered, handlers.registered)
         service.reader.store(WorkspaceChanged, handlers.registered)
         service.reader.store(WorkspaceRemoved, handlers.removed)
+        service.health.add("ticking", ticking.probe)
         async with turning([ticking.loop, Loop("measure", ticking.measure), Loop("forget", ticking.forget)]):
             await service.serve()
 

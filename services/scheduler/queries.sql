@@ -186,3 +186,9 @@ WITH old AS (
   SELECT schedule_id, fire_at FROM fires WHERE settled_at < coalesce($1::timestamptz, now()) - make_interval(days => $2)
   ORDER BY schedule_id, fire_at LIMIT $3 FOR UPDATE SKIP LOCKED)
 DELETE FROM fires f USING old WHERE f.schedule_id = old.schedule_id AND f.fire_at = old.fire_at
+
+-- name: forget_audit
+-- Without an index of its own: it is walked once an hour, and grows by what people do.
+DELETE FROM audit WHERE query_id IN (
+  SELECT query_id FROM audit WHERE at < coalesce($1::timestamptz, now()) - make_interval(days => $2) LIMIT $3
+  FOR UPDATE SKIP LOCKED)

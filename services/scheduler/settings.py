@@ -18,3 +18,5 @@ class Settings(SharedSettings):
     """Schedules that one workspace may have."""
     retention_days: int = Field(default=90, ge=1)
     """How long a fire is shown after it ended."""
+    audit_days: int = Field(default=365, ge=1)
+    """How long it is remembered who changed which schedule."""
