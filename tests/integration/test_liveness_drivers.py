@@ -207,7 +207,7 @@ async def test_one_that_is_deaf_to_sigterm_is_killed_after_its_stop_time(agents:
 
 
 async def test_what_an_agent_started_in_a_session_of_its_own_ends_with_it(agents: AgentsFile) -> None:
-    """A-L-14: nothing leaks, also when the agent itself died long before."""
+    """A-L-14, C-K12: nothing leaks, also when the agent itself died long before."""
     agents.add("w1", PARENT)
     driver = agents.driver()
     for fence, crash in ((1, False), (2, True)):
