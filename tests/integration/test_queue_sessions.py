@@ -409,7 +409,7 @@ async def test_what_the_beats_of_an_agent_no_longer_show_is_abandoned(chief: Sup
 
 async def test_a_lower_ceiling_reaches_what_runs(chief: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     """C-K9: changed while a delivery runs, it bounds that one too, after the time in which a session is ended."""
-    monkeypatch.setattr(deliver, "CEILING_SLACK_S", 0.3)
+    monkeypatch.setattr(deliver, "TURN_SLACK_S", 0.0)
     name = fresh()
     async with puppet() as mute:
         await chief.front.register(name, mute.url)
@@ -418,7 +418,7 @@ async def test_a_lower_ceiling_reaches_what_runs(chief: Supervisor, monkeypatch:
         for ceiling_s in (3600.0, 0.1):
             changed = WorkspaceChanged(
                 workspace_id=name, rev=(uuid7().int >> 80) + 1, incarnation=1, url=mute.url,
-                settings={"session_ceiling_s": ceiling_s},
+                settings={"session_ceiling_s": ceiling_s, "checkpoint_grace_s": 0.1, "stop_grace_s": 0.2},
             )  # fmt: skip
             await chief.front.publisher.publish(changed)
             await until(lambda ceiling_s=ceiling_s: _is_bound(chief, name, ceiling_s))  # type: ignore[misc]
