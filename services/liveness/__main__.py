@@ -29,7 +29,12 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 def drivers_of(settings: Settings) -> dict[str, Driver]:
     """The drivers that these settings allow, by the name that `runtime` calls them."""
-    return {"process": ProcessDriver(settings.agents_file, settings.agents_folder)}
+    drivers: dict[str, Driver] = {"process": ProcessDriver(settings.agents_file, settings.agents_folder)}
+    if settings.docker_url is not None:
+        from services.liveness.drivers.docker import DockerDriver  # noqa: PLC0415 - what it imports is an extra
+
+        drivers["docker"] = DockerDriver(settings.docker_url)
+    return drivers
 
 
 async def main(settings: Settings) -> None:

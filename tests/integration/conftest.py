@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from shared.facts import SessionStop
 from shared.inbox import Inbox
 from shared.settings import SharedSettings
 from tests.conftest import Stack
+from tests.integration.dockerd_kit import Engine, engine_or_reason
 
 EFFECTS = "CREATE TABLE effects (session_id text NOT NULL, times int NOT NULL DEFAULT 1, seen_by text)"
 
@@ -65,6 +66,12 @@ async def clean(stack: Stack) -> AsyncIterator[Stack]:
     await make_clean(stack)
     yield stack
     await purge(stack)
+
+
+@pytest.fixture(scope="session")
+def dockerd() -> Iterator[Engine]:
+    """This worker's own dockerd: tests freeze it."""
+    yield from engine_or_reason()
 
 
 async def make_clean(stack: Stack) -> None:
