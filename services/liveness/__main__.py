@@ -6,13 +6,16 @@ import asyncio
 import sys
 from pathlib import Path
 
+from services.liveness.answers import Answers
 from services.liveness.drivers import Driver
 from services.liveness.drivers.process import ProcessDriver
+from services.liveness.drivers.webhook import WebhookDriver
 from services.liveness.handlers import Handlers
 from services.liveness.loops import Loops
 from services.liveness.restart import Restarts
 from services.liveness.settings import Settings
 from shared.facts import (
+    LivenessQuery,
     ProxyBeat,
     SessionKill,
     WorkspaceChanged,
@@ -34,6 +37,8 @@ def drivers_of(settings: Settings) -> dict[str, Driver]:
         from services.liveness.drivers.docker import DockerDriver  # noqa: PLC0415 - what it imports is an extra
 
         drivers["docker"] = DockerDriver(settings.docker_url)
+    if settings.webhook_secret is not None:
+        drivers["webhook"] = WebhookDriver(settings.webhook_secret.get_secret_value())
     return drivers
 
 
@@ -53,6 +58,8 @@ async def main(settings: Settings) -> None:
         service.reader.store(WorkspaceEvidence, handlers.evidence)
         service.reader.store(ProxyBeat, handlers.proxy_beats)
         service.reader.store(SessionKill, handlers.kill)
+        answers = Answers(settings, service.publisher, handlers.wake)
+        service.reader.store(LivenessQuery, answers.query)
         exits = [asyncio.create_task(loops.exits(driver), name=f"exits {name}") for name, driver in drivers.items()]
         try:
             async with turning([restarts.loop, *loops.all()]):

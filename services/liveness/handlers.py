@@ -53,7 +53,7 @@ class Handlers:
             if life is not None:
                 after.append(await _settled(connection, before.get(fact.workspace_id), life, now))
         await store.save(connection, before, after, now)
-        return self._wake
+        return self.wake
 
     async def removed(self, connection: Connection, facts: Sequence[WorkspaceRemoved]) -> Tell:
         """Let a workspace go for ever, and its restart with it."""
@@ -67,7 +67,7 @@ class Handlers:
                 await restart.withdraw(connection, life, "withdrawn", now)
                 after.append(life)
         await store.save(connection, before, after, now)
-        return self._wake
+        return self.wake
 
     async def heartbeats(self, connection: Connection, facts: Sequence[WorkspaceHeartbeat]) -> Tell:
         """Hear agents; of each only the newest beat of its newest incarnation."""
@@ -118,7 +118,7 @@ class Handlers:
         await store.save(connection, before, list(after.values()), now)
         return self.wake_restarts
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         self.wake_looks()
         self.wake_restarts()
 

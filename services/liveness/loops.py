@@ -13,7 +13,7 @@ from functools import partial
 from services.liveness import restart, store
 from services.liveness.decide.doubts import doubt_of
 from services.liveness.decide.judge import Decision, Doubt, Reason, Verdict, judge
-from services.liveness.decide.life import Life, Status
+from services.liveness.decide.life import DOWN, Life, Status, believed
 from services.liveness.decide.seen import Observation, Seen
 from services.liveness.drivers import Driver, Exit, Target
 from services.liveness.metrics import BLIND, DETECTED, HEARD_AGE, HOLDS, PROBES, STATUSES, VERDICTS
@@ -36,7 +36,7 @@ _FORGET_ROWS = 2000
 
 @dataclass(slots=True)
 class Loops:
-    """Each method is one loop's `run_once`; `died` is called when a restart was opened."""
+    """Each method is one loop's `run_once`; `died` is called after a commit that may have opened a restart."""
 
     settings: Settings
     pool: Pool
@@ -132,6 +132,7 @@ class Loops:
                 # No write, no restart (D-S19); the next look comes by itself.
                 log.warning("verdict_not_written", workspace_id=life.workspace_id, error=str(error)[:300])
         self.told()
+        self.died()
 
     async def _seen(self, name: str, due: Sequence[Life]) -> Mapping[str, Observation]:
         driver = self.drivers.get(name)
@@ -152,6 +153,7 @@ class Loops:
         work = partial(self._judge, workspace_id=ended.workspace_id, fence=None, seen=seen, now=None, slow=False)
         await transact(self.pool, work)
         self.told()
+        self.died()
 
     async def _judge(
         self, connection: Connection, *, workspace_id: str, fence: int | None, seen: Observation, now: datetime | None,
@@ -168,9 +170,13 @@ class Loops:
         if fence is None and life.container_id != seen.container_id:
             return
         moment = await store.clock(connection, now)
+        if life.status in DOWN and life.boot_until is None and await store.find_open(connection, workspace_id) is None:
+            life = believed(life, Status.ONLINE, "")  # nobody is at it any more
         doubt = await self._doubt(connection, life, moment, slow=slow)
         decision = judge(life, seen, moment, doubt, exited=fence is None)
-        await self._act(connection, life, seen, decision, moment, source="exit" if fence is None else "look")
+        await self._act(
+            connection, before[workspace_id], seen, decision, moment, source="exit" if fence is None else "look"
+        )
 
     async def _act(
         self, connection: Connection, before: Life, seen: Observation, decision: Decision, now: datetime, *, source: str
@@ -184,7 +190,6 @@ class Loops:
                 if before.suspected_at is not None:
                     DETECTED.observe((now - before.suspected_at).total_seconds())
                 life = await restart.declare_dead(connection, life, decision.reason, decision.sentence, now)
-                self.died()
             case Verdict.WEDGED if life.restart_wedged and self.settings.mode == "act":
                 life = await restart.tell_and_restart(
                     connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s

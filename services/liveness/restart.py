@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import UUID
 
@@ -37,6 +37,7 @@ from shared.telemetry import log
 _CLAIM_MAX = 200
 _HELD_ELSEWHERE_S = 0.05
 _ERROR_MAX = 300
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 _ALIVE = frozenset({Reason.OPERATOR, Reason.CEILING, Reason.WEDGED})
 """Reasons that speak of an agent that runs: it goes down when its turn comes, not when that is decided."""
 
@@ -52,7 +53,7 @@ async def declare_dead(
         ordered_at = now if reason in budget.UNBUDGETED else None
         await connection.execute(SQL["ask_again"], life.workspace_id, ordered_at)
         return life
-    since = now - timedelta(seconds=budget.BUDGET_WINDOW_S)
+    since = max(now - timedelta(seconds=budget.BUDGET_WINDOW_S), life.forgiven_at or _LONG_AGO)
     recent = await connection.fetchval(SQL["recent_restarts"], life.workspace_id, since)
     plan = budget.plan(life, reason, recent, now)
     if plan.due_at is None:
@@ -101,7 +102,7 @@ async def order(
 ) -> Life | None:
     """Take an order to kill: answer it, or open the restart whose kill answers it. `drivers`: those that may act."""
     opened = life is not None and await store.find_open(connection, life.workspace_id) is not None
-    killed = await connection.fetchval(SQL["was_killed"], fact.workspace_id, fact.incarnation)
+    killed = await connection.fetchval(SQL["was_killed"], fact.workspace_id, fact.incarnation, now)
     ruling = rule(
         life, incarnation=fact.incarnation, expires_at=fact.expires_at, is_opened=opened, was_killed=killed,
         drivers=drivers, now=now,
@@ -329,6 +330,8 @@ class Restarts:
         if life.status in {Status.OFFLINE, Status.RESTARTING}:
             status = Status.OFFLINE if down else Status.ONLINE
             after = believed(after, status, "it was ended, and is not wanted back" if down else "")
+            if life.paused:
+                after = believed(after, Status.PAUSED, "it was ended while it was paused" if down else "it is paused")
         await store.save(connection, {life.workspace_id: life}, [after], moment)
 
     async def _started(self, connection: Connection, *, job: _Job, seen: Observation, now: datetime | None) -> None:
@@ -337,8 +340,12 @@ class Restarts:
         if not await _end(connection, job.restart.restart_id, "started", moment, owner=self._settings.replica_id):
             log.warning("restart_was_finished", workspace_id=life.workspace_id, fence=job.restart.fence)
             return
+        for row in await connection.fetch(SQL["open_orders"], life.workspace_id):
+            if row["incarnation"] <= job.restart.incarnation:
+                await _answer(connection, row["order_id"], "already_ended", moment)
         after = replace(
             life,
+            known=True,
             container_id=seen.container_id,
             started_at=seen.started_at,
             restarts=life.restarts + 1,

@@ -94,6 +94,11 @@ def _plain(value: object) -> str:
     return value.isoformat()
 
 
+def checked_at(life: Life, moment: datetime) -> Life:
+    """The same, to be looked at then."""
+    return replace(life, next_check_at=moment if life.driver is not None and not life.removed else None)
+
+
 async def record(
     connection: Connection, life: Life, seen: Observation, decision: Decision, *, source: str, now: datetime
 ) -> None:

@@ -88,7 +88,7 @@ def judge(life: Life, seen: Observation, now: datetime, doubt: Doubt, *, exited:
         return Decision(Verdict.LEFT_ALONE, *alone, life)
     if seen.seen is Seen.UNKNOWN:
         return _blind(life, seen, now)
-    life = replace(life, blind_since=None)
+    life = replace(life, blind_since=None, known=life.known or seen.container_id is not None)
     if (wait := _waits(life, seen, now)) is not None:
         return Decision(Verdict.WAIT, *wait, life)
     if seen.seen is Seen.RUNNING:
@@ -104,7 +104,7 @@ def _waits(life: Life, seen: Observation, now: datetime) -> tuple[Reason, str] |
     if seen.seen is Seen.RUNNING:
         return None
     if life.status is Status.GAVE_UP:
-        return Reason.DECLARED, f"The driver says {seen.seen}; it was given up: {life.reason}"
+        return Reason.DECLARED, f"The driver says {seen.seen}; it was given up ({life.reason})."
     if seen.seen is Seen.TRANSITION:
         return Reason.TRANSITION, f"Somebody is at it: {seen.why or 'in transition'}."
     if life.boot_until is not None and now < life.boot_until:
@@ -144,11 +144,17 @@ def _running(life: Life, seen: Observation, now: datetime, doubt: Doubt) -> Deci
     if life.status is Status.GAVE_UP:
         # Somebody else has started it.
         life = believed(life, Status.ONLINE, "")
+    if life.status is Status.RESTARTING and not life.expects_beats:
+        life = believed(replace(life, boot_until=None, unheard=0), Status.ONLINE, "")
     if _is_wedged(life, now, doubt):
         silent_s = (now - _last_sign(life, doubt)).total_seconds()
         words = f"It runs with {life.active} in hand, and for {silent_s:.0f} s it was neither heard nor got on."
-        return Decision(Verdict.WEDGED, Reason.WEDGED, words, believed(life, Status.WEDGED, words))
+        return Decision(Verdict.WEDGED, Reason.WEDGED, words, _as_wedged(life, words))
     return Decision(Verdict.ALIVE, Reason.RUNNING, f"It runs as {seen.container_id}.", life)
+
+
+def _as_wedged(life: Life, words: str) -> Life:
+    return life if life.status is Status.WEDGED else believed(life, Status.WEDGED, words)
 
 
 def _is_wedged(life: Life, now: datetime, doubt: Doubt) -> bool:
@@ -167,7 +173,7 @@ def _stopped(life: Life, seen: Observation, now: datetime, doubt: Doubt, *, exit
     if exited:
         words = f"The engine says that {seen.container_id} has ended: dead at once."
         return Decision(Verdict.DEAD, Reason.EXITED, words, life)
-    if life.container_id is None and life.restarts == 0 and seen.seen is Seen.NOT_FOUND and life.suspicions == 0:
+    if not life.known and seen.seen is Seen.NOT_FOUND:
         return Decision(Verdict.DEAD, Reason.FIRST_START, "Its driver has never run it: it is started.", life)
     ago = _heard_ago(life, now, doubt)
     count, life = _counted(life, now)

@@ -28,6 +28,8 @@ PAGE_MAX = 500
 COLUMNS = frozenset({"paused", "pause_note", "desired", "runtime", "agent_authorization"})
 _OPERATORS = frozenset({"runtime", "agent_authorization"})
 """An agent's owner never chooses what liveness runs, nor as whom we speak to it."""
+_ALIVE = frozenset({"online", "busy"})
+"""Liveness says that it lives; how much it has in hand, and when it last beat, this replica knows better."""
 
 
 class Workspaces:
@@ -163,7 +165,7 @@ class Workspaces:
         said = self._copies.registry.status(workspace)
         if workspace.paused:
             return "paused", workspace.pause_note or "it was paused"
-        if said is not None:
+        if said is not None and said.status not in _ALIVE:
             return said.status, said.reason
         if workspace.settings.get("heartbeat") != "none":
             if use.beat is None:
