@@ -56,6 +56,7 @@ class Engine:
     folder: Path
     root: Mark
     client: Any = field(init=False)
+    is_frozen: bool = False
 
     def __post_init__(self) -> None:
         self.client = docker.DockerClient(base_url=self.url, timeout=20)
@@ -80,8 +81,9 @@ class Engine:
         return made
 
     def crash(self, container: Any) -> None:
-        """SIGKILL from outside of the engine."""
-        container.reload()
+        """SIGKILL from outside of the engine; of a frozen one by the pid that it told before."""
+        if not self.is_frozen:
+            container.reload()
         os.kill(self._pid_here(container.attrs["State"]["Pid"]), signal.SIGKILL)
 
     def life(self, container: Any) -> str:
@@ -100,13 +102,15 @@ class Engine:
     def starts(self, container: Any) -> int:
         """How often the engine has started it."""
         wanted = {"container": container.id, "event": "start"}
-        return len(list(self.client.events(since=0, until=int(time.time()) + 1, filters=wanted, decode=True)))
+        return len(list(self.client.events(since=0, until=f"{time.time():.9f}", filters=wanted, decode=True)))
 
     def freeze(self) -> None:
         assert send(self._daemon(), signal.SIGSTOP)
+        self.is_frozen = True
 
     def thaw(self) -> None:
         assert send(self._daemon(), signal.SIGCONT)
+        self.is_frozen = False
 
     def clear(self) -> None:
         for container in self.client.containers.list(all=True):
