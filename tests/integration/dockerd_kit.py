@@ -6,6 +6,7 @@ It ends with the run, also when that is killed. Its one image is a static busybo
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import resource
@@ -189,9 +190,15 @@ def running() -> Iterator[Engine]:
     programs = fetcher.programs(*_PACKAGES)
     above = Path(tempfile.gettempdir()) / f"bide-tests-{os.getuid()}"
     above.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _sweep(above)
     folder = Path(tempfile.mkdtemp(dir=above, prefix="dockerd-"))
-    group = f"bide-{folder.name}"
-    process = _start(folder, programs, group)
+    with (folder / "held").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield from _running(folder, programs)
+
+
+def _running(folder: Path, programs: Path) -> Iterator[Engine]:
+    process = _start(folder, programs)
     root = mark_of(process.pid)
     try:
         if root is None:
@@ -207,8 +214,7 @@ def running() -> Iterator[Engine]:
         if root is not None:
             kill([root])
         process.wait()
-        _remove_groups(group)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 def _lack() -> str | None:
@@ -224,7 +230,7 @@ def _lack() -> str | None:
     return f"no namespaces of its own: {tried.stderr.strip()}" if tried.returncode != 0 else None
 
 
-def _start(folder: Path, programs: Path, group: str) -> subprocess.Popen[bytes]:
+def _start(folder: Path, programs: Path) -> subprocess.Popen[bytes]:
     libraries = sorted({str(path.parent) for path in programs.glob("**/lib*.so.*")})
     env = dict(os.environ)
     env["PATH"] = f"{programs}/usr/bin:{programs}/usr/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -232,7 +238,7 @@ def _start(folder: Path, programs: Path, group: str) -> subprocess.Popen[bytes]:
         env["LD_LIBRARY_PATH"] = ":".join(libraries)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     argv = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--fork", "--kill-child",
-            "--mount-proc", "sh", "-c", _INSIDE, str(folder), group, str(min(files, 1024))]  # fmt: skip
+            "--mount-proc", "sh", "-c", _INSIDE, str(folder), _group(folder), str(min(files, 1024))]  # fmt: skip
     with (folder / "log").open("wb") as log:
         return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
@@ -266,8 +272,22 @@ def _import_image(engine: Engine, programs: Path) -> None:
     engine.client.api.import_image_from_data(archive.getvalue(), repository=repository, tag=tag)
 
 
-def _remove_groups(group: str) -> None:
-    for top in [*Path("/sys/fs/cgroup").glob(f"*/{group}"), Path("/sys/fs/cgroup") / group]:
-        for folder, _, _ in os.walk(top, topdown=False):
+def _group(folder: Path) -> str:
+    return f"bide-{folder.name}"
+
+
+def _sweep(above: Path) -> None:
+    """Remove what a run left that was killed; its processes ended with it."""
+    for path in above.glob("dockerd-*/held"):
+        with path.open() as held, suppress(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path.parent)
+
+
+def _remove(folder: Path) -> None:
+    top = Path("/sys/fs/cgroup")
+    for group in [*top.glob(f"*/{_group(folder)}"), top / _group(folder)]:
+        for each, _, _ in os.walk(group, topdown=False):
             with suppress(OSError):
-                Path(folder).rmdir()
+                Path(each).rmdir()
+    shutil.rmtree(folder, ignore_errors=True)
