@@ -90,6 +90,12 @@ async def test_what_has_not_the_workspaces_label_is_never_touched(
     assert engine.starts(made) == 1
 
 
+async def test_what_is_no_name_is_no_path_either(engine: Engine, driver: DockerDriver) -> None:
+    engine.run("w1", "precious")
+    seen = await driver.inspect(target("w1", "x/../precious"))
+    assert (seen.seen, seen.why) == (Seen.UNKNOWN, "'x/../precious' is no name of a container")
+
+
 async def test_the_one_that_is_up_is_meant_and_of_two_neither(engine: Engine, driver: DockerDriver) -> None:
     old = engine.run("w1", "old")
     old.kill()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import time
 from collections import defaultdict
@@ -33,6 +34,8 @@ _STOP_S = 10
 """Docker's own, for a container that does not say how long it takes to stop."""
 _QUIET_S = 300.0
 """After so long without an event the stream is opened anew: a cut that nobody told of ends here."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""Docker's own rule; the name becomes part of a path."""
 _EVENTS = ("start", "die", "kill", "pause", "unpause", "destroy", "rename")
 _SEEN = {
     "running": Seen.RUNNING,
@@ -195,6 +198,8 @@ class DockerDriver:
         """
         name = target.runtime.get("container")
         if name is not None:
+            if _NAME.fullmatch(name) is None:
+                raise CannotRunError(f"{name!r} is no name of a container")
             named = [row for row in rows if row.is_called(name)]
             if not named and await self._inspect(name) is not None:
                 raise CannotRunError(f"the container {name} has not the label {_label(target)}: it is left alone")
