@@ -13,7 +13,6 @@ from services.liveness.metrics import EVIDENCE
 from services.liveness.store import SQL
 from shared.database import Connection
 from shared.facts import (
-    FLEET,
     FactT,
     ProxyBeat,
     SessionKill,
@@ -100,9 +99,7 @@ class Handlers:
 
     async def proxy_beats(self, connection: Connection, facts: Sequence[ProxyBeat]) -> None:
         """Remember which proxies are heard: while none is, silence counts for nobody (D-S1)."""
-        heard = sorted({fact.proxy_id for fact in facts if fact.workspace_id == FLEET or fact.forwards})
-        if heard:
-            await connection.execute(SQL["hear_proxies"], heard)
+        await connection.execute(SQL["hear_proxies"], sorted({fact.proxy_id for fact in facts}))
 
     async def kill(self, connection: Connection, facts: Sequence[SessionKill]) -> Tell:
         """Take orders to end the container of a session; each is answered once."""

@@ -53,6 +53,14 @@ SELECT * FROM evidence WHERE workspace_id = $1 ORDER BY id DESC LIMIT $2
 DELETE FROM evidence WHERE id IN (
   SELECT id FROM evidence WHERE at < coalesce($1, now()) - make_interval(days => $2) ORDER BY at LIMIT $3)
 
+-- name: forget_restarts
+DELETE FROM restarts WHERE restart_id IN (
+  SELECT restart_id FROM restarts WHERE ended_at < coalesce($1, now()) - make_interval(days => $2) LIMIT $3)
+
+-- name: forget_orders
+DELETE FROM orders WHERE order_id IN (
+  SELECT order_id FROM orders WHERE answered_at < coalesce($1, now()) - make_interval(days => $2) LIMIT $3)
+
 -- name: open_restart
 -- The fence of a death: this incarnation, still believed to be alive, and no other restart of it under way.
 INSERT INTO restarts (restart_id, workspace_id, incarnation, fence, reason, evidence, container_id, driver, phase, decided_at,
@@ -164,11 +172,10 @@ SELECT min(since_at) AS since_at FROM proxies WHERE beat_at > $1::timestamptz - 
 DELETE FROM proxies WHERE beat_at < now() - interval '1 day'
 
 -- name: fleet_doubts
--- Per engine: how many agents it has, and how many turned suspect in the last 30 s.
-SELECT driver, count(*) AS agents,
-       count(*) FILTER (WHERE suspected_at > $1::timestamptz - interval '30 seconds') AS suspects
-FROM agents WHERE driver IS NOT NULL AND NOT removed AND NOT paused AND desired = 'running' AND status <> 'gave_up'
-GROUP BY driver
+-- How many agents an engine has, and how many of them turned suspect in the last 30 s, without those of this very look.
+SELECT count(*) AS agents,
+       count(*) FILTER (WHERE suspected_at > $1::timestamptz - interval '30 seconds' AND workspace_id <> ALL($3::text[])) AS suspects
+FROM agents WHERE driver = $2 AND NOT removed AND NOT paused AND desired = 'running' AND status <> 'gave_up'
 
 -- name: fleet_heard
 SELECT count(*) AS expected, max(beat_at) AS beat_at, max(cadence_s) AS cadence_s

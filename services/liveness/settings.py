@@ -22,7 +22,7 @@ class Settings(SharedSettings):
     """TOML, `[agents.<workspace_id>]` with command, cwd, env, stop_s: what the process driver runs."""
     agents_folder: Path = Field(default_factory=lambda: Path(tempfile.gettempdir()) / f"bide-agents-{os.getuid()}")
     """Where the process driver remembers what it started, and puts its output. Replicas of a machine share it."""
-    docker_url: str | None = Field(default=None, pattern="^(unix|tcp|http|https|ssh)://.+")
+    docker_url: str | None = Field(default=None, pattern="^(unix|tcp|http|https)://.+")
     """The Docker engine whose labelled containers are looked at and restarted (`unix:///var/run/docker.sock`); without
     it there is no such driver. Who may talk to an engine owns its machine."""
     webhook_secret: SecretStr | None = None
@@ -46,6 +46,7 @@ class Settings(SharedSettings):
     look_s: float = Field(default=5.0, gt=0, le=60)
     """The longest sleep between two looks at what is due."""
     evidence_days: int = Field(default=7, ge=1)
+    """How long evidence, restarts that ended and orders that were answered are kept."""
 
     @field_validator("docker_url")
     @classmethod

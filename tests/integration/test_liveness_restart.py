@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 
 from services.liveness.decide.judge import Reason
@@ -268,11 +269,12 @@ async def test_an_engine_that_died_brings_its_agents_back_a_few_at_a_time(
     await crashed(one, engine, *names)
     now = datetime.now(UTC)
     await one.look(now)
-    await one.look(now + timedelta(seconds=9))
+    later = now + timedelta(seconds=9)
+    await one.look(later)
     assert await one.pool.fetchval("SELECT count(*) FROM restarts") == 20
     life = 1
     while len(engine.running) < 20:
-        await asyncio.gather(one.restart(), two.restart())
+        await asyncio.gather(one.restart(later), two.restart(later))
         life += 1
         for name in engine.running:
             await one.hear(beat(name, incarnation=2))
@@ -524,3 +526,110 @@ async def test_one_that_dies_between_the_kill_and_the_start_is_finished_by_anoth
     await two.restart(datetime.now(UTC) + timedelta(seconds=one.settings.lease_s + 1))
     assert engine.calls == [("kill", "w1", 1), ("restart", "w1", 1)]
     assert [each.result for each in await one.told(KillDone)] == ["applied"]
+
+
+async def test_an_engine_that_lies_about_many_at_once_is_not_believed(one: Replica, engine: FakeEngine) -> None:
+    """D-S16, D-S5: all of a third are counted before the first of them is judged; silent ones get a second look too."""
+    names = [f"w{n}" for n in range(9)]
+    await one.up(engine, *names)
+    lied = names[:3]
+    await one.silence(*lied)
+    for name in lied:
+        engine.says[name] = Observation(Seen.NOT_FOUND, why="a lie")
+    now = datetime.now(UTC)
+    await one.look(now)
+    assert await one.pool.fetchval("SELECT count(*) FROM agents WHERE status = 'suspect'") == 3
+    engine.says.clear()
+    await one.look(now + timedelta(seconds=9))
+    assert await one.pool.fetchval("SELECT count(*) FROM restarts") == 0
+    assert await one.pool.fetchval("SELECT count(*) FROM agents WHERE status = 'online'") == 9
+
+
+async def test_a_look_that_finds_all_well_writes_nothing(one: Replica, engine: FakeEngine) -> None:
+    """D-S21."""
+    await one.up(engine, "w1", "w2")
+    await one.look()
+    before = await one.pool.fetch("SELECT to_jsonb(a) - 'next_check_at' AS row FROM agents a ORDER BY workspace_id")
+    rows = await one.pool.fetchval("SELECT count(*) FROM evidence")
+    await one.look()
+    after = await one.pool.fetch("SELECT to_jsonb(a) - 'next_check_at' AS row FROM agents a ORDER BY workspace_id")
+    assert before == after
+    assert await one.pool.fetchval("SELECT count(*) FROM evidence") == rows
+
+
+async def test_a_replica_that_has_just_started_gives_no_verdict_from_one_look(
+    stack: Stack, pool: Pool, engine: FakeEngine
+) -> None:
+    """D-S23."""
+    one = Replica(liveness_settings(stack, settle_s=60.0), pool, engine)
+    await crashed(one, engine, "w1")
+    now = datetime.now(UTC)
+    await one.look(now)
+    assert (await agent_row(pool, "w1"))["status"] == "suspect"
+    await one.look(now + timedelta(seconds=9))
+    assert (await agent_row(pool, "w1"))["status"] == "offline"
+
+
+async def test_a_verdict_that_cannot_be_written_restarts_nothing(one: Replica, engine: FakeEngine) -> None:
+    """D-S19: Postgres refuses at the moment of the decision."""
+    await crashed(one, engine, "w1")
+    await one.pool.execute("ALTER TABLE restarts ADD CONSTRAINT trial CHECK (false) NOT VALID")
+    try:
+        with pytest.raises(asyncpg.CheckViolationError):
+            await one.look()
+        await one.restart()
+    finally:
+        await one.pool.execute("ALTER TABLE restarts DROP CONSTRAINT trial")
+    assert engine.calls == []
+    assert (await agent_row(one.pool, "w1"))["status"] == "online"
+    await one.look()
+    await one.restart()
+    assert engine.calls == [("restart", "w1", 1)]
+
+
+async def test_nothing_that_is_seen_during_a_restart_begins_another(
+    one: Replica, two: Replica, engine: FakeEngine
+) -> None:
+    """A-L-05, D-S9: neither before its turn, nor during the call, nor while it boots."""
+    await crashed(one, engine, "w1")
+    now = datetime.now(UTC)
+    await one.look(now)
+    await two.look(now + timedelta(seconds=1))
+    engine.before_call = asyncio.Event()
+    await one.restarts.run_once(now)
+    await engine.called.wait()
+    await two.look(now + timedelta(seconds=12))
+    engine.before_call.set()
+    await one.restarts.settled()
+    engine.crash("w1")
+    for seconds in (15, 30, 119):
+        await two.look(now + timedelta(seconds=seconds))
+        await two.restart(now + timedelta(seconds=seconds))
+    assert engine.calls == [("restart", "w1", 1)]
+    await two.look(now + timedelta(seconds=121))
+    await two.restart(now + timedelta(seconds=121))
+    assert len(engine.calls) == 2, "its boot is over, and it is not there"
+
+
+async def test_a_machine_that_is_gone_is_found_without_any_traffic(one: Replica, engine: FakeEngine) -> None:
+    """A-L-10: nobody calls it, nobody hears it, its row says online."""
+    await crashed(one, engine, "w1")
+    assert (await agent_row(one.pool, "w1"))["status"] == "online"
+    await one.look()
+    await one.restart()
+    assert engine.calls == [("restart", "w1", 1)]
+
+
+async def test_after_a_false_alarm_a_real_death_is_found_as_before(one: Replica, engine: FakeEngine) -> None:
+    """A-L-16."""
+    await crashed(one, engine, "w1")
+    await one.look()
+    await one.hear(beat("w1"))
+    engine.start("w1")
+    await one.restart()
+    await one.look()
+    engine.crash("w1")
+    await one.silence("w1")
+    await one.look()
+    await one.restart()
+    assert [row["result"] for row in await restart_rows(one.pool, "w1")] == ["recovered", "started"]

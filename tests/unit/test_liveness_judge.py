@@ -136,24 +136,24 @@ def test_in_doubt_silence_is_no_reason_and_a_second_look_is(doubt: Doubt) -> Non
     [
         ({}, (False, False)),
         ({"listening_since": None}, (False, True)),
-        ({"suspects": 2}, (True, False)),
-        ({"suspects": 1}, (False, False)),
-        ({"suspects": 3, "is_suspect": True}, (True, False)),
-        ({"suspects": 3, "agents": 13}, (False, False)),
+        ({"suspects": 3}, (True, False)),
+        ({"suspects": 2}, (False, False)),
+        ({"suspects": 2, "agents": 2}, (False, False)),
+        ({"suspects": 4, "agents": 13}, (False, False)),
         ({"last_beat_at": ago(61)}, (True, False)),
         ({"last_beat_at": ago(60)}, (False, False)),
         ({"last_beat_at": ago(61), "expected": 2}, (False, False)),
         ({"last_beat_at": ago(61), "listening_since": None}, (False, True)),
     ],
     ids=[
-        "nothing", "no proxy", "a third of nine", "two of nine", "a third, itself among them", "four of thirteen",
+        "nothing", "no proxy", "a third of nine", "two of nine", "both of two", "four of thirteen",
         "no beat for two cadences", "none for just two", "two agents may die together", "nobody is heard at all",
     ],
 )  # fmt: skip
 def test_when_liveness_distrusts_itself(about: dict[str, Any], expected: tuple[bool, bool]) -> None:
     """D-S1, D-S16."""
     calm: dict[str, Any] = {
-        "agents": 9, "suspects": 0, "is_suspect": False, "expected": 9, "last_beat_at": ago(1), "cadence_s": 30.0,
+        "agents": 9, "suspects": 0, "expected": 9, "last_beat_at": ago(1), "cadence_s": 30.0,
         "listening_since": ago(999), "self_slow": False, "wedged_after_s": 240.0, "now": NOW,
     }  # fmt: skip
     doubt = doubt_of(**{**calm, **about})
