@@ -206,6 +206,9 @@ class Loops:
         delivery.ask_stop(heard_age_s=row["stop_heard_age_s"])
         if row["hung_up"]:
             delivery.hang_up("ceiling", "Its session was to end, and nothing else could end it: we hung up.")
+        elif row["incarnation"] > delivery.item.incarnation:
+            # Its connection may stand half open, and the beats of the new life keep it from being idle (C-K13).
+            delivery.hang_up("ceiling", "It was told to stop, and its agent has begun another life.")
         elif decide.is_abandoned(
             stop_age_s=row["stop_age_s"],
             beat_age_s=row["beat_age_s"],

@@ -1,5 +1,5 @@
 -- Statements of queue. Lock order: workspaces by id → schedules by id → idempotency_keys → a2a_queue by queue_id →
--- a2a_finished → outbox.
+-- a2a_finished → proxies → outbox.
 -- An item moves only under the lock of its workspace, so the counters there are exact and no claim can race another.
 -- $n "now" is a moment that a test passes; null: the database's clock.
 

@@ -191,8 +191,11 @@ WITH old AS (
 DELETE FROM fires f USING old WHERE f.schedule_id = old.schedule_id AND f.fire_at = old.fire_at
 
 -- name: take_snapshot
--- One replica takes in each snapshot, and none an older one than was taken in.
-UPDATE last_snapshot SET at = $1 WHERE at < $1 RETURNING at
+-- One replica takes in each snapshot, and none an older one than was taken in. One from a clock that is ahead is as old as
+-- it can be: the next from a right one must not be taken for an older one.
+UPDATE last_snapshot SET at = least($1, clock_timestamp()), snapshot_id = $2
+WHERE at < least($1, clock_timestamp()) AND snapshot_id IS DISTINCT FROM $2
+RETURNING at
 
 -- name: open_sessions
 SELECT * FROM sessions WHERE ended_at IS NULL ORDER BY session_id
@@ -229,13 +232,27 @@ ON CONFLICT (session_id) DO UPDATE
   WHERE sessions.end_reason = 'gone'
 
 -- name: forget_idle_sessions
-DELETE FROM sessions WHERE session_id = ANY($1::text[]) AND state = 'running' AND asks = '[]' AND ended_at IS NULL
+WITH mine AS (
+  SELECT session_id FROM sessions
+  WHERE session_id = ANY($1::text[]) AND state = 'running' AND asks = '[]' AND ended_at IS NULL
+  ORDER BY session_id FOR UPDATE)
+DELETE FROM sessions s USING mine WHERE s.session_id = mine.session_id
 
 -- name: end_sessions
 WITH mine AS (
   SELECT session_id FROM sessions WHERE session_id = ANY($1::text[]) AND ended_at IS NULL
   ORDER BY session_id FOR NO KEY UPDATE)
 UPDATE sessions s SET ended_at = coalesce($3, now()), end_reason = $2, due_at = NULL, rev = s.rev + 1
+FROM mine WHERE s.session_id = mine.session_id
+RETURNING s.*
+
+-- name: answer_orders
+-- They were gone before the order was answered, and may be seen no more.
+WITH mine AS (
+  SELECT session_id FROM sessions
+  WHERE session_id = ANY($1::text[]) AND end_reason = 'gone' AND state = 'kill_ordered'
+  ORDER BY session_id FOR NO KEY UPDATE)
+UPDATE sessions s SET end_reason = $2, rev = s.rev + 1
 FROM mine WHERE s.session_id = mine.session_id
 RETURNING s.*
 
@@ -251,17 +268,24 @@ WHERE s.session_id = n.session_id AND s.ended_at IS NULL
 
 -- name: hear_closings
 -- The newest word of the gate; it may be what a kill waits for.
-UPDATE sessions s SET closing = n.closing, due_at = least(s.due_at, now()), rev = s.rev + 1
-FROM unnest($1::text[], $2::jsonb[]) AS n (session_id, closing)
-WHERE s.session_id = n.session_id AND s.ended_at IS NULL
-  AND (s.closing IS NULL OR (s.closing->>'at')::timestamptz < (n.closing->>'at')::timestamptz)
+WITH mine AS (
+  SELECT s.session_id, n.closing FROM unnest($1::text[], $2::jsonb[]) AS n (session_id, closing)
+  JOIN sessions s ON s.session_id = n.session_id
+  WHERE s.ended_at IS NULL
+    AND (s.closing IS NULL OR (s.closing->>'at')::timestamptz < (n.closing->>'at')::timestamptz)
+  ORDER BY s.session_id FOR NO KEY UPDATE OF s)
+UPDATE sessions s SET closing = mine.closing, due_at = least(s.due_at, now()), rev = s.rev + 1
+FROM mine WHERE s.session_id = mine.session_id
 
 -- name: read_rules
 SELECT workspace_id, settings, incarnation FROM workspaces WHERE workspace_id = ANY($1::text[])
 
 -- name: look_at_sessions_of
 -- What these workspaces allow has changed.
-UPDATE sessions SET due_at = now() WHERE ended_at IS NULL AND workspace_id = ANY($1::text[])
+WITH mine AS (
+  SELECT session_id FROM sessions WHERE ended_at IS NULL AND workspace_id = ANY($1::text[])
+  ORDER BY session_id FOR NO KEY UPDATE)
+UPDATE sessions s SET due_at = least(s.due_at, now()) FROM mine WHERE s.session_id = mine.session_id
 
 -- name: read_activities
 SELECT * FROM activities ORDER BY workspace_id

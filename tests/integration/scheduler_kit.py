@@ -232,14 +232,14 @@ async def accounts(pool: Pool) -> dict[str, int]:
 
 
 @asynccontextmanager
-async def listening(stack: Stack, kind: type[FactT]) -> AsyncIterator[list[FactT]]:
-    """What arrives in the queue service's queue of this fact, as the broker hands it out, repeats and all."""
+async def listening(stack: Stack, kind: type[FactT], reader: str = "queue") -> AsyncIterator[list[FactT]]:
+    """What arrives in this reader's queue of this fact, as the broker hands it out, repeats and all."""
     found: list[FactT] = []
     connection = await aio_pika.connect(stack.amqp_url)
     async with connection:
         channel = await connection.channel()
         await topology.declare(channel)
-        queue = await channel.get_queue(topology.route(kind, "queue").queue(""))
+        queue = await channel.get_queue(topology.route(kind, reader).queue(""))
         await queue.purge()
 
         async def read(message: AbstractIncomingMessage) -> None:

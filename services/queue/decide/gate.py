@@ -46,7 +46,7 @@ def in_gate(workspace: Workspace, now: float) -> list[str]:
 
 
 def closed_until(workspace: Workspace, proxies: Collection[str], now: float) -> float | None:
-    """Until when nothing begins there, by the queue's word and each of these proxies'; None: one has not seen it closed.
+    """Until when nothing begins there, by the queue's word and each of these proxies'; None: one has not seen it.
 
     Where no proxy is known nobody can say it: their beats may only not have come through.
     """

@@ -1,6 +1,6 @@
 """The policies of the scheduler: what is due and what becomes of it (§4), and when a session must end (§5).
 
-Values in, verdicts out: no clock, no I/O. The tables: tests/unit/test_scheduler_decide.py, test_scheduler_sessions.py.
+Values in, verdicts out: no clock, no I/O. The tables: tests/unit/test_scheduler_decide.py, test_scheduler_session*.py.
 """
 
 from services.scheduler.decide.early import Waiting, early
@@ -43,6 +43,7 @@ from services.scheduler.decide.sessions import (
     Stop,
     ask_by_hand,
     ceiling_at,
+    has_order,
     is_over,
     kill_refused,
     next_step,
@@ -55,6 +56,6 @@ __all__ = [
     "CATCH_UP", "MOMENTS_MAX", "OUTCOMES", "WINDOW_MAX_S", "WINDOW_MIN_S", "Activity", "Ask", "Began", "Closing",
     "Directive", "Due", "Flight", "Gate", "Kill", "News", "Outcome", "Pace", "Rule", "Rules", "Say", "Schedule", "Seen",
     "Session", "Several", "State", "Step", "Stop", "Waiting", "ask_by_hand", "bounced", "bounded", "ceiling_at",
-    "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back", "is_over", "kill_refused", "may_kill",
-    "next_step", "offset", "overdue", "ran_at", "revised", "step", "stop", "timing", "upcoming",
+    "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back", "has_order", "is_over", "kill_refused",
+    "may_kill", "next_step", "offset", "overdue", "ran_at", "revised", "step", "stop", "timing", "upcoming",
 ]  # fmt: skip

@@ -18,6 +18,8 @@ from services.scheduler.decide.kills import Closing, Flight, may_kill
 
 NEAR = 0.75
 """The part of its ceiling after which a session is told that it nears."""
+LEAD_S = 0.5
+"""How much earlier than the agent its holder hears of a stop: the one writes it down, the other may answer at once."""
 
 
 class State(StrEnum):
@@ -184,16 +186,24 @@ def is_over(session: Session, rules: Rules, now: datetime) -> bool:
 
 
 def stop(session: Session, rules: Rules, now: datetime, reason: StopReason, pace: Pace = Pace()) -> Step:
-    """Ask for its end, and that nothing begins there meanwhile."""
+    """Ask for its end, and that nothing begins there meanwhile.
+
+    One that was stopped already keeps its grace; an operator's word holds whatever becomes of its ceiling.
+    """
+    if session.state in {State.STOP_SENT, State.KILL_ORDERED}:
+        held = replace(session, stop_reason=reason, said_at=now)
+        later = held.deadline_at if held.deadline_at is not None and held.deadline_at > now else None
+        return Step(held, (Stop(reason), Directive("stop", reason)), _soonest(later, *_repeats(held, now, pace)))
     stopped = replace(
         session,
         state=State.STOP_SENT,
         stop_reason=reason,
         deadline_at=now + timedelta(seconds=rules.stop_grace_s),
-        said_at=now,
+        # The agent itself is told a moment later, and its holder once more: what it answers then is known as stopped.
+        said_at=now - timedelta(seconds=pace.repeat_s - LEAD_S),
         gate_said_at=now,
     )
-    says = (Stop(reason), Directive("stop", reason), Gate(now + timedelta(seconds=pace.gate_s)))
+    says = (Stop(reason), Gate(now + timedelta(seconds=pace.gate_s)))
     return Step(stopped, says, _soonest(stopped.deadline_at, *_repeats(stopped, now, pace)))
 
 
@@ -206,8 +216,19 @@ def ask_by_hand(session: Session, rules: Rules, now: datetime, about: str, pace:
 
 
 def kill_refused(session: Session) -> Session:
-    """Nobody can end its container: it is told so, and its gate stays closed while it runs."""
-    return replace(session, unenforceable=True, deadline_at=None)
+    """Nobody can end its container: it is told so, and its gate stays closed while it runs.
+
+    The word may come after the order's time, when the session is back at its stop; of one that was not even stopped it
+    says nothing.
+    """
+    if session.state not in {State.STOP_SENT, State.KILL_ORDERED}:
+        return session
+    return replace(session, state=State.KILL_ORDERED, unenforceable=True, deadline_at=None)
+
+
+def has_order(session: Session, now: datetime) -> bool:
+    """Whether an order to kill may still be carried out: whatever runs there by then would die of it."""
+    return session.state is State.KILL_ORDERED and session.deadline_at is not None and now < session.deadline_at
 
 
 def revised(session: Session) -> Session:
@@ -236,8 +257,7 @@ def _running(session: Session, rules: Rules, now: datetime, pace: Pace) -> Step:
     if ends_at is not None and now >= ends_at:
         deadline_at = now + timedelta(seconds=rules.checkpoint_grace_s)
         asked = replace(session, state=State.CHECKPOINT_SENT, deadline_at=deadline_at, said_at=now)
-        said = Directive("checkpoint", "ceiling", deadline_at=deadline_at)
-        return Step(asked, (said,), _soonest(deadline_at, now + timedelta(seconds=pace.repeat_s)))
+        return Step(asked, (_at_ceiling(deadline_at),), _soonest(deadline_at, now + timedelta(seconds=pace.repeat_s)))
     near_at = None
     if ends_at is not None:
         near_at = session.started_at + NEAR * (ends_at - session.started_at)
@@ -246,15 +266,28 @@ def _running(session: Session, rules: Rules, now: datetime, pace: Pace) -> Step:
         ):
             near = Ask("ceiling_near", ends_at.isoformat(), ends_at, now - timedelta(seconds=pace.repeat_s))
             session = replace(session, asks=(*session.asks, near))
-    asks, says = _ask_again(session.asks, now, pace)
-    again_at = [ask.said_at + timedelta(seconds=pace.repeat_s) for ask in asks if ask.deadline_at > now]
+    asks, says = _ask_again(session.asks, ends_at, now, pace)
+    again_at = [ask.said_at + timedelta(seconds=pace.repeat_s) for ask in asks if _stands(ask, ends_at, now)]
     waits = [moment for moment in (near_at, ends_at) if moment is not None and moment > now]
     return Step(replace(session, asks=asks), says, _soonest(*again_at, *waits))
 
 
-def _ask_again(asks: Sequence[Ask], now: datetime, pace: Pace) -> tuple[tuple[Ask, ...], tuple[Directive, ...]]:
-    """Say again what is not past; all asks stay, for none is made twice."""
-    due = {ask for ask in asks if ask.deadline_at > now >= ask.said_at + timedelta(seconds=pace.repeat_s)}
+def _at_ceiling(deadline_at: datetime) -> Directive:
+    """Each ceiling that it reaches is another question: a raised one may be reached again."""
+    return Directive("checkpoint", "ceiling", deadline_at.isoformat(), deadline_at)
+
+
+def _stands(ask: Ask, ends_at: datetime | None, now: datetime) -> bool:
+    """Whether it is still asked for: it is not past, and the ceiling that it speaks of is the session's."""
+    return ask.deadline_at > now and (ask.reason != "ceiling_near" or ask.deadline_at == ends_at)
+
+
+def _ask_again(
+    asks: Sequence[Ask], ends_at: datetime | None, now: datetime, pace: Pace
+) -> tuple[tuple[Ask, ...], tuple[Directive, ...]]:
+    """Say again what stands; all asks stay, for none is made twice."""
+    repeat = timedelta(seconds=pace.repeat_s)
+    due = {ask for ask in asks if _stands(ask, ends_at, now) and now >= ask.said_at + repeat}
     says = tuple(Directive("checkpoint", ask.reason, ask.about, ask.deadline_at) for ask in asks if ask in due)
     return tuple(replace(ask, said_at=now) if ask in due else ask for ask in asks), says
 
@@ -267,7 +300,7 @@ def _checkpoint_sent(session: Session, rules: Rules, now: datetime, pace: Pace) 
         return stop(session, rules, now, "ceiling", pace)
     says: tuple[Say, ...] = ()
     if session.said_at is None or now >= session.said_at + timedelta(seconds=pace.repeat_s):
-        says = (Directive("checkpoint", "ceiling", deadline_at=session.deadline_at),)
+        says = (_at_ceiling(session.deadline_at),)
         session = replace(session, said_at=now)
     assert session.said_at is not None, "it was said, or is now"
     return Step(session, says, _soonest(session.deadline_at, session.said_at + timedelta(seconds=pace.repeat_s)))
@@ -281,8 +314,9 @@ def _stop_sent(session: Session, rules: Rules, now: datetime, siblings: Sequence
     flights = _flights(session, siblings, rules, now)
     closing = session.closing
     if closing is None or not may_kill(
-        session.session_id, closing, flights, rules.ceiling_s, now, graced_until=deadline_at, fresh_s=pace.fresh_s
-    ):
+        session.session_id, closing, flights, rules.ceiling_s, now,
+        noted_at=session.noted_at, graced_until=deadline_at, fresh_s=pace.fresh_s,
+    ):  # fmt: skip
         return _say_stop_again(session, now, pace)
     ordered = replace(session, state=State.KILL_ORDERED, deadline_at=closing.until, orders=session.orders + 1)
     again = _say_stop_again(ordered, now, pace)

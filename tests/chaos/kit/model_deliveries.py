@@ -73,7 +73,14 @@ class Deliveries(Messages):
             return
         now = await self.rig.turn(replica, confirmed=confirmed)
         replies = [
-            Reply(each.item.queue_id, each.item.delivery_no, each.reply, each.item.at_most_once, each.retry_after_s)
+            Reply(
+                each.item.queue_id,
+                each.item.delivery_no,
+                each.reply,
+                each.item.at_most_once,
+                each.retry_after_s,
+                each.task_canceled,
+            )
             for each in endings
         ]
         self.model.settle(replies, now)
@@ -123,16 +130,18 @@ class Deliveries(Messages):
             for item in self.model.items.values()
             if item.status == "dispatched" and item.owner == replica.name
         }
-        gone = [task for key, (_, task) in held.items() if key not in owned]
+        gone = [task for key, (_, task) in held.items() if key not in owned or self.model.is_let_go(owned[key])]
         await asyncio.gather(*gone, return_exceptions=True)
         orphans = owned.keys() - in_hand
         adopted = orphans & self.orphans.get(replica.name, set())
         self.orphans[replica.name] = orphans
         assert adopted <= replica.drain._endings.keys(), "a claim that was never confirmed goes back"
         self.seen["adopted"] += len(adopted)
-        assert replica.drain.running.keys() == held.keys() & owned.keys(), "a row that is no longer ours is let go"
+        stay = {key for key in held.keys() & owned.keys() if not self.model.is_let_go(owned[key])}
+        assert replica.drain.running.keys() == stay, "a row is let go that is no longer ours, or that nothing else ends"
         for key, (delivery, _) in replica.drain.running.items():
             assert delivery.item.cancel_requested or not owned[key].cancel, "a cancel reaches who delivers"
+            assert delivery._stop_asked or owned[key].stop is None, "so does a stop"
 
     async def swept(self, replica: Replica) -> None:
         before = RECONCILED._value.get()

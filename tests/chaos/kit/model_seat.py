@@ -40,6 +40,15 @@ class Proxy:
 
 
 @dataclass(slots=True)
+class Gate:
+    """The newest word about one session in the gate."""
+
+    rev: int
+    until: float
+    left: bool
+
+
+@dataclass(slots=True)
 class Seat:
     """A workspace."""
 
@@ -65,6 +74,19 @@ class Seat:
     """How often in a row it was shut."""
     served_critical: bool = False
     """What went last was CRITICAL."""
+    gates: dict[str, Gate] = field(default_factory=dict)
+    closings: int = 0
+    """How often the gate was closed while it was open."""
+
+    def hear_gate(self, session: str, rev: int, until: float, *, closed: bool, now: float) -> None:
+        known = self.gates.get(session)
+        if known is not None and (rev < known.rev or (rev == known.rev and known.left)):
+            return
+        self.closings += closed and until > now and self.gate_until(now) is None
+        self.gates[session] = Gate(rev, until, not closed)
+
+    def gate_until(self, now: float) -> float | None:
+        return max((gate.until for gate in self.gates.values() if gate.until > now and not gate.left), default=None)
 
     def hear(self, beat: Beat, maximum: int | None = None) -> None:
         if beat.incarnation < self.incarnation or (beat.incarnation, beat.rev) <= self.heard:
@@ -109,7 +131,7 @@ class Seat:
 
     def is_open(self, now: float) -> bool:
         shut = self.shut_until is not None and self.shut_until > now
-        return self.reachable and self.paused_at is None and not (self.removed or shut)
+        return self.reachable and self.paused_at is None and not (self.removed or shut or self.gate_until(now))
 
     def capacity(self, now: float) -> int:
         return max(0, self.maximum - self.in_use(now)) if self.is_open(now) else 0
