@@ -12,7 +12,7 @@ from services.liveness.drivers.process import ProcessDriver
 from services.liveness.drivers.webhook import WebhookDriver
 from services.liveness.handlers import Handlers
 from services.liveness.loops import Loops
-from services.liveness.restart import Restarts
+from services.liveness.restart.carry import Restarts
 from services.liveness.settings import Settings
 from shared.facts import (
     LivenessQuery,

@@ -10,9 +10,10 @@ from typing import Any
 
 import asyncpg
 
-from services.liveness import restart, store
+from services.liveness import store
 from services.liveness.decide.judge import Reason
 from services.liveness.decide.life import Life, Status, believed, forgiven
+from services.liveness.restart import door
 from services.liveness.settings import Settings
 from services.liveness.store import SQL
 from shared.broker import Publisher
@@ -93,7 +94,7 @@ class Answers:
         if fact.verb == "restart":
             words = f"{fact.by} asked for it: {fact.note or 'no reason given'}"
             notice_s = self.settings.notice_s
-            after = await restart.tell_and_restart(connection, after, Reason.OPERATOR, words, now, notice_s=notice_s)
+            after = await door.tell_and_restart(connection, after, Reason.OPERATOR, words, now, notice_s=notice_s)
         await store.save(connection, held, [store.checked_at(after, now)], now)
         held[fact.workspace_id] = after
         return 200, _shown(after)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from services.liveness import restart, store
+from services.liveness import store
 from services.liveness.decide import life as lives
 from services.liveness.decide.life import Life, Status, believed
 from services.liveness.metrics import EVIDENCE
+from services.liveness.restart import door
 from services.liveness.store import SQL
 from shared.database import Connection
 from shared.facts import (
@@ -63,7 +64,7 @@ class Handlers:
         for fact in newest.values():
             life = lives.gone(before.get(fact.workspace_id), fact.workspace_id, fact.rev)
             if life is not None:
-                await restart.withdraw(connection, life, "withdrawn", now)
+                await door.withdraw(connection, life, "withdrawn", now)
                 after.append(life)
         await store.save(connection, before, after, now)
         return self.wake
@@ -109,7 +110,7 @@ class Handlers:
         for fact in facts:
             if not await store.insert_order(connection, fact, now):
                 continue
-            life = await restart.order(connection, after.get(fact.workspace_id), fact, now, drivers=self.drivers)
+            life = await door.order(connection, after.get(fact.workspace_id), fact, now, drivers=self.drivers)
             if life is not None:
                 after[fact.workspace_id] = life
         await store.save(connection, before, list(after.values()), now)
@@ -127,7 +128,7 @@ async def _settled(connection: Connection, before: Life | None, life: Life, now:
     is_new = life.incarnation > before.incarnation
     if not is_new and life.status is not Status.OFFLINE:
         return life
-    if await restart.withdraw(connection, life, "recovered", now) and life.status is Status.OFFLINE:
+    if await door.withdraw(connection, life, "recovered", now) and life.status is Status.OFFLINE:
         return replace(believed(life, Status.ONLINE, ""), next_check_at=now if life.driver is not None else None)
     return life
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
-from services.liveness import restart, store
+from services.liveness import store
 from services.liveness.decide.doubts import doubt_of
 from services.liveness.decide.judge import Decision, Doubt, Reason, Verdict, judge
 from services.liveness.decide.life import DOWN, Life, Status, believed
 from services.liveness.decide.seen import Observation, Seen
 from services.liveness.drivers import Driver, Exit, Target
 from services.liveness.metrics import BLIND, DETECTED, HEARD_AGE, HOLDS, PROBES, STATUSES, VERDICTS, WINDOW
+from services.liveness.restart import door
 from services.liveness.settings import Settings
 from services.liveness.store import SQL
 from shared.broker import Publisher
@@ -193,9 +194,9 @@ class Loops:
             case Verdict.DEAD:
                 if before.suspected_at is not None:
                     DETECTED.observe((now - before.suspected_at).total_seconds())
-                life = await restart.declare_dead(connection, life, decision.reason, decision.sentence, now)
+                life = await door.declare_dead(connection, life, decision.reason, decision.sentence, now)
             case Verdict.WEDGED if life.restart_wedged and self.settings.mode == "act":
-                life = await restart.tell_and_restart(
+                life = await door.tell_and_restart(
                     connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s
                 )
             case Verdict.SUSPECT:

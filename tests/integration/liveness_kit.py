@@ -26,7 +26,7 @@ from services.liveness.drivers import Driver, Exit, FencedError, Killed, Target
 from services.liveness.drivers.process import ProcessDriver
 from services.liveness.handlers import Handlers
 from services.liveness.loops import Loops
-from services.liveness.restart import Restarts
+from services.liveness.restart.carry import Restarts
 from services.liveness.settings import Settings
 from shared import topology
 from shared.batches import decode_batch

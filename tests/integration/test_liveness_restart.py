@@ -14,7 +14,7 @@ import pytest
 from services.liveness.decide.judge import Reason
 from services.liveness.decide.seen import Observation, Seen
 from services.liveness.drivers import DriverError
-from services.liveness.restart import declare_dead
+from services.liveness.restart.door import declare_dead
 from services.liveness.store import lock
 from shared.database import Connection, Pool, open_pool, transact
 from shared.facts import (

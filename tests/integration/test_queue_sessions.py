@@ -19,6 +19,7 @@ from shared.database import Connection, transact
 from shared.facts import EvidenceKind, Priority, ScheduleChanged, ScheduleTick, TickSettled, WorkspaceChanged
 from tests.conftest import Stack, until
 from tests.integration import claim_kit
+from tests.integration.calendar_kit import free
 from tests.integration.conftest import replica
 from tests.integration.queue_kit import agent, queue_service
 from tests.integration.session_kit import TABLES, Puppet, Supervisor, in_s, puppet, supervisor, task
@@ -272,8 +273,7 @@ async def test_what_was_told_to_stop_is_not_delivered_again(
         await worker.until(lambda: worker.active == 1)
         await chief.stop(name, queue_id, reason)
         worker.behave(slow_s=0)
-        for turn in [*worker._state.turns._running]:
-            turn.cancel()
+        free(worker)
         (item,) = await chief.front.ended(queue_id)
         assert (item["status"], item["reason"], item["delivery_no"]) == (*ends, 1)
         worker.behave(work_s=0.01)
