@@ -102,8 +102,12 @@ class Engine:
 
     def starts(self, container: Any) -> int:
         """How often the engine has started it."""
-        wanted = {"container": container.id, "event": "start"}
-        return len(list(self.client.events(since=0, until=f"{time.time():.9f}", filters=wanted, decode=True)))
+        return [event["Action"] for event in self.told(container)].count("start")
+
+    def told(self, container: Any) -> list[dict[str, Any]]:
+        """All events of this container so far."""
+        wanted = {"container": container.id, "type": "container"}
+        return list(self.client.events(since=0, until=f"{time.time():.9f}", filters=wanted, decode=True))
 
     def freeze(self) -> None:
         assert send(self._daemon(), signal.SIGSTOP)

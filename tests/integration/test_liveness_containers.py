@@ -268,4 +268,4 @@ async def _sees_again(one: Replica) -> bool:
 
 async def _hears(one: Replica) -> bool:
     driver = one.restarts._drivers["docker"]
-    return isinstance(driver, DockerDriver) and driver._hears()
+    return isinstance(driver, DockerDriver) and driver._engine.hears()

@@ -51,8 +51,8 @@ def target(workspace_id: str, container: str | None = None) -> Target:
 
 async def listening(driver: DockerDriver) -> None:
     """Come back when it hears the engine."""
-    driver._client()
-    await until(lambda: _is(driver._hears()))
+    driver._engine.open()
+    await until(lambda: _is(driver._engine.hears()))
 
 
 async def told(driver: DockerDriver, within_s: float = 5.0) -> Exit:
@@ -179,10 +179,29 @@ async def test_what_happened_while_the_stream_was_cut_is_told_afterwards(engine:
     await listening(driver)
     made = engine.run("w1")
     life = (await driver.inspect(target("w1"))).container_id
-    stream: Any = driver._client().events.json_stream
+    stream: Any = driver._engine.open().events.json_stream
     await stream._close()
     engine.crash(made)
     assert await told(driver) == Exit("w1", life or "")
+
+
+async def test_an_end_that_is_told_late_is_not_that_of_the_life_that_was_seen_since(
+    engine: Engine, driver: DockerDriver
+) -> None:
+    """A cut stream tells of the old life when the new one is known already."""
+    made = engine.run("w1")
+    engine.crash(made)
+    await until(lambda: _ended(made))
+    late = engine.told(made)
+    assert late[-1]["Action"] == "die"
+    await asyncio.to_thread(made.start)
+    await listening(driver)
+    assert (await driver.inspect(target("w1"))).container_id == engine.life(made)
+    for event in late:
+        driver._engine._hear(event)
+    assert driver._engine.exits.empty()
+    engine.crash(made)
+    assert await told(driver) == Exit("w1", engine.life(made))
 
 
 async def test_a_sweep_is_one_call_and_each_life_is_asked_for_once(
@@ -206,8 +225,9 @@ async def test_a_sweep_is_one_call_and_each_life_is_asked_for_once(
     assert await driver.list(targets) == first
     assert asked == {"list": 1}
     asked.clear()
+    before = driver._engine._told[made[3].id]
     await asyncio.to_thread(made[3].restart)
-    await until(lambda: _is(made[3].id not in driver._known))
+    await until(lambda: _is(driver._engine._told[made[3].id] == before + 3))  # kill, die, start
     assert (await driver.list(targets))["w3"].container_id == engine.life(made[3])
     assert asked == {"list": 1, "inspect": 1}
     asked.clear()
@@ -344,6 +364,11 @@ async def test_a_container_of_testcontainers_is_an_agent_like_any_other(
     finally:
         await asyncio.to_thread(made.stop)
         made.get_docker_client().client.close()
+
+
+async def _ended(container: Any) -> bool:
+    container.reload()
+    return bool(container.status == "exited")
 
 
 async def _is(value: bool) -> bool:
