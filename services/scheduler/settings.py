@@ -21,6 +21,8 @@ class Settings(SharedSettings):
     """Schedules that one workspace may have."""
     retention_days: int = Field(default=90, ge=1)
     """How long a fire is shown after it ended."""
+    audit_days: int = Field(default=365, ge=1)
+    """How long it is remembered who changed which schedule."""
 
     # Sessions. Those with the name of a workspace's setting are what holds where a workspace says nothing else.
     checkpoint_grace_s: float = Field(default=120.0, ge=0)
