@@ -20,7 +20,7 @@ from uuid_utils.compat import uuid7
 SERVICES = ("proxy", "queue", "scheduler", "liveness")
 
 # Read by the tests and by the local stack, never by a service.
-_FOREIGN = ("BIDE_TEST_", "BIDE_LOCAL_")
+_FOREIGN = ("BIDE_TEST_", "BIDE_LOCAL_", "BIDE_NO_DOCKERD")
 
 TURN_SLACK_S = 60.0
 """What a turn may outlast its ceiling and both graces by: whoever ends it looks only now and then."""
