@@ -194,11 +194,14 @@ class Loops:
             case Verdict.DEAD:
                 if before.suspected_at is not None:
                     DETECTED.observe((now - before.suspected_at).total_seconds())
-                life = await door.declare_dead(connection, life, decision.reason, decision.sentence, now)
+                life = await door.declare_dead(
+                    connection, life, decision.reason, decision.sentence, now, backoff_s=self.settings.backoff_s
+                )
             case Verdict.WEDGED if life.restart_wedged and self.settings.mode == "act":
                 life = await door.tell_and_restart(
-                    connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s
-                )
+                    connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s,
+                    backoff_s=self.settings.backoff_s,
+                )  # fmt: skip
             case Verdict.SUSPECT:
                 if decision.reason is Reason.HELD:
                     HOLDS.inc()
