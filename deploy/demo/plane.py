@@ -42,7 +42,9 @@ class Plane:
     running: dict[str, str] = field(default_factory=dict)
     claims: dict[str, deque[str]] = field(default_factory=lambda: defaultdict(deque))
     """What the next looks at a workspace are told, one each ("stopped", "running", or "error": no answer at all)."""
+    asked: Counter[str] = field(default_factory=Counter)
     looks: Counter[str] = field(default_factory=Counter)
+    """How often a look was asked for, and how often one was answered."""
     orders: list[Order] = field(default_factory=list)
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By key: what was carried out, and the answer."""
@@ -78,6 +80,8 @@ class Plane:
 
     def answer(self, said: dict[str, Any], key: str | None) -> tuple[int, dict[str, Any]]:
         if said["verb"] == "list":
+            with self._lock:
+                self.asked.update(said["targets"])
             self.may_look.wait(HOLD_MAX_S)
             seen = {name: self._look(name) for name in said["targets"]}
             if any(each["seen"] == "error" for each in seen.values()):

@@ -149,9 +149,7 @@ async def test_the_story_of_08_33_46(lead: Caller, fleet: Fleet, engine: Plane) 
     await change(lead, name, runtime=engine.runtime(name))
     await until(lambda: _is(bool(engine.started(name))))
     agent = await fleet.start(name, heartbeat_s=30.0, work_s=0.1)
-    await until(lambda: _is_up(lead, name))
-    pong = await lead.send(name, "PING")
-    assert pong.status == 200, (await lead.call("GET", f"/workspaces/{name}/queue")).body
+    await pong(lead, name)
     agent.behave(bare_503=1)
     engine.claims[name].append("stopped")
     kept = await lead.send(name, "and one more", prefer="wait=0")
@@ -162,7 +160,7 @@ async def test_the_story_of_08_33_46(lead: Caller, fleet: Fleet, engine: Plane) 
     assert len(told) == 1
     assert len(engine.starts(name)) == 1, "its first start, and no other"
     assert (await lead.ended(kept.json["queue_id"]))["status"] == "completed"
-    assert [each.text for each in agent.received] == ["PING", "and one more"]
+    assert [each.text for each in agent.received][-2:] == ["PING", "and one more"]
     await lead.call("POST", f"/workspaces/{name}/remove")
 
 
@@ -305,6 +303,12 @@ async def run(lead: Caller, name: str, **settings: Any) -> int:
     await change(lead, name, runtime={"driver": "process"}, **settings)
     await until(lambda: _is_up(lead, name))
     return int((await show(lead, name))["incarnation"])
+
+
+async def pong(lead: Caller, name: str) -> None:
+    """Send until it answers at once: a proxy that has just come up keeps, and so it does while the agent boots."""
+    while (reply := await lead.send(name, "PING")).status != 200:
+        await lead.ended(reply.json["queue_id"])
 
 
 async def let_go(lead: Caller, ring: Operated, name: str) -> None:
