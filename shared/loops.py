@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -33,6 +34,7 @@ class Loop:
         self._woken = asyncio.Event()
         self._failures = 0
         self._stopped = False
+        self._turned_at = time.monotonic()
         FAILED_TURNS.labels(name)
 
     def wake(self) -> None:
@@ -44,10 +46,15 @@ class Loop:
         self._stopped = True
         self._woken.set()
 
+    def age_s(self) -> float:
+        """How long ago its last turn ended, well or not: what only waits for its servers still turns."""
+        return time.monotonic() - self._turned_at
+
     async def run(self) -> None:
         while not self._stopped:
             self._woken.clear()
             delay_s = await self._turn()
+            self._turned_at = time.monotonic()
             if self._stopped:
                 return
             with contextlib.suppress(TimeoutError):

@@ -134,10 +134,12 @@ class Loops:
             try:
                 await transact(self.pool, work)
             except Exception as error:
-                if classify(error) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                if (trouble := classify(error)) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                     raise
                 # No write, no restart (D-S19); the next look comes by itself.
                 log.warning("verdict_not_written", workspace_id=life.workspace_id, error=str(error)[:300])
+                if trouble is Trouble.INFRASTRUCTURE:
+                    break  # it would fail for each of the others too, after the same wait
         self.told()
         self.died()
 
