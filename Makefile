@@ -77,7 +77,7 @@ scenarios: setup ## Ids of docs/scenarios.md that no test names
 
 lock: setup ## Resolve requirements.lock anew
 	@.venv/bin/pip -qq install uv
-	@.venv/bin/uv pip compile pyproject.toml --extra dev --universal --generate-hashes --upgrade --quiet -o requirements.lock
+	@.venv/bin/uv pip compile pyproject.toml --extra dev --extra docker --universal --generate-hashes --upgrade --quiet -o requirements.lock
 
 fresh: ## Try `make run` and `make test` in a new Debian, as root and as a user (root, debootstrap; SUITE=trixie)
 	@deploy/debian/fresh.sh $(SUITE)

@@ -36,7 +36,8 @@ WITH mine AS (SELECT id FROM outbox WHERE id = ANY($1::bigint[]) ORDER BY id FOR
 DELETE FROM outbox USING mine WHERE outbox.id = mine.id
 
 -- name: outbox_oldest_age
-SELECT coalesce(extract(epoch FROM now() - min(added_at)), 0)::float8 FROM outbox
+-- Of the first by id: min(added_at) would read all that waits, at each turn.
+SELECT coalesce(extract(epoch FROM now() - (SELECT added_at FROM outbox ORDER BY id LIMIT 1)), 0)::float8
 
 -- name: insert_dead_letter
 INSERT INTO dead_letters (digest, fact_type, reason, error, fact) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING

@@ -35,6 +35,10 @@ STUCK_S = 120.0
 def drivers_of(settings: Settings) -> dict[str, Driver]:
     """The drivers that these settings allow, by the name that `runtime` calls them."""
     drivers: dict[str, Driver] = {"process": ProcessDriver(settings.agents_file, settings.agents_folder)}
+    if settings.docker_url is not None:
+        from services.liveness.drivers.docker import DockerDriver  # noqa: PLC0415 - what it imports is an extra
+
+        drivers["docker"] = DockerDriver(settings.docker_url)
     if settings.webhook_secret is not None:
         drivers["webhook"] = WebhookDriver(settings.webhook_secret.get_secret_value())
     return drivers

@@ -50,6 +50,7 @@ CONTROL_CALLS = Counter(
 )
 SESSION_CANCELS = Counter("bide_proxy_session_cancels_total", "Live forwards stopped: tasks/cancel sent", ["outcome"])
 GATE_CLOSINGS = Counter("bide_proxy_gate_closings_total", "Closings of gates that this replica has heard of")
+OUTLIVED = Counter("bide_proxy_outlived_total", "Live forwards whose agent's life was over before they were")
 EVIDENCE = Counter("bide_proxy_evidence_total", "What live forwards told of agents' lives", ["kind"])
 
 # Bound once: looking a label up costs more than counting.

@@ -73,7 +73,9 @@ class Answers:
     async def _answer(
         self, connection: Connection, fact: ScheduleQuery, removed: Mapping[str, bool], turn: sessions.Turn
     ) -> Answer:
-        if fact.expires_at < datetime.now(UTC):
+        # By the database's clock: a replica's own may be wrong by more than a deadline is long (C-C2).
+        now = await store.clock(connection)
+        if fact.expires_at < now:
             words = "The request came after its own deadline; nothing was done. Send it again."
             return 408, problem("too_late", words)
         if fact.verb == "sessions":
@@ -83,7 +85,6 @@ class Answers:
         if fact.verb not in commands.COMMANDS:
             return await _QUESTIONS[fact.verb](connection, fact)
         rows = await store.lock(connection, [fact.schedule_id] if fact.schedule_id is not None else [])
-        now = await store.clock(connection)
         held = commands.Held(now, rows, removed, self.settings.schedules_max)
         return await commands.command(connection, fact, held)
 

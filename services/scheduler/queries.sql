@@ -319,3 +319,9 @@ WITH old AS (
   SELECT session_id FROM sessions WHERE ended_at < coalesce($1::timestamptz, now()) - make_interval(days => $2)
   ORDER BY session_id LIMIT $3 FOR UPDATE SKIP LOCKED)
 DELETE FROM sessions s USING old WHERE s.session_id = old.session_id
+
+-- name: forget_audit
+-- Without an index of its own: it is walked once an hour, and grows by what people do.
+DELETE FROM audit WHERE query_id IN (
+  SELECT query_id FROM audit WHERE at < coalesce($1::timestamptz, now()) - make_interval(days => $2) LIMIT $3
+  FOR UPDATE SKIP LOCKED)

@@ -176,6 +176,7 @@ async def test_a_scheduler_killed_in_every_state_repeats_and_resets_nothing(stac
         for state in STATES:
             before = await what.reached(state)
             assert before["state"] == state
+            await what.heard_again()
             await scheduler.kill()
             await scheduler.start()
             await scheduler.ready()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import aio_pika
 import pytest
@@ -17,6 +18,9 @@ from shared.facts import SessionGate, SessionStop
 from shared.inbox import Inbox
 from shared.settings import SharedSettings
 from tests.conftest import Stack
+
+if TYPE_CHECKING:
+    from tests.integration.dockerd_kit import Engine
 
 EFFECTS = "CREATE TABLE effects (session_id text NOT NULL, times int NOT NULL DEFAULT 1, seen_by text)"
 
@@ -73,6 +77,14 @@ async def clean(stack: Stack) -> AsyncIterator[Stack]:
     await make_clean(stack)
     yield stack
     await purge(stack)
+
+
+@pytest.fixture(scope="session")
+def dockerd() -> Iterator[Engine]:
+    """This worker's own dockerd: tests freeze it."""
+    from tests.integration.dockerd_kit import engine_or_reason  # noqa: PLC0415 - two clients of Docker load slowly
+
+    yield from engine_or_reason()
 
 
 async def make_clean(stack: Stack) -> None:

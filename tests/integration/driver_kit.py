@@ -12,9 +12,13 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 
+import pytest
+
+from services.liveness.decide.seen import Seen
 from services.liveness.drivers import CannotRunError, Driver, DriverError, FencedError, Target
 from services.liveness.drivers.process import ProcessDriver
 from services.liveness.drivers.webhook import WebhookDriver, sign
+from tests.integration.dockerd_kit import DockerBench
 from tests.integration.liveness_kit import AgentsFile
 
 SECRET = "of the control plane"
@@ -24,6 +28,10 @@ class Bench(Protocol):
     """An engine under test. What `add` makes known is not started yet."""
 
     tells_of_exits: bool
+    unstarted: Seen
+    """What one that was added and never started looks like."""
+    shares_fences: bool
+    """Whether one replica's driver knows the fences of another's."""
 
     def driver(self) -> Driver:
         """Another replica's driver for the same engine."""
@@ -45,6 +53,8 @@ class ProcessBench:
     """Processes of this machine."""
 
     tells_of_exits = True
+    unstarted = Seen.NOT_FOUND
+    shares_fences = True
 
     def __init__(self, agents: AgentsFile) -> None:
         self.agents = agents
@@ -167,4 +177,15 @@ def _looked(seen: Any) -> dict[str, Any]:
     return {"seen": seen.seen.value, "container_id": seen.container_id, "started_at": at, "why": seen.why}
 
 
-BENCHES: dict[str, Callable[[AgentsFile], Bench]] = {"process": ProcessBench, "webhook": WebhookBench}
+BENCHES = ("process", "webhook", "docker")
+
+
+def bench_of(kind: str, request: pytest.FixtureRequest) -> Bench:
+    """Make the bench of this kind; only the one for containers starts an engine."""
+    match kind:
+        case "docker":
+            return DockerBench(request.getfixturevalue("dockerd"))
+        case "webhook":
+            return WebhookBench(request.getfixturevalue("agents"))
+        case _:
+            return ProcessBench(request.getfixturevalue("agents"))

@@ -22,7 +22,7 @@ from uuid_utils.compat import uuid7
 from services.liveness.__main__ import main
 from services.liveness.answers import Answers
 from services.liveness.decide.seen import Observation, Seen
-from services.liveness.drivers import Exit, FencedError, Killed, Target
+from services.liveness.drivers import Driver, Exit, FencedError, Killed, Target
 from services.liveness.drivers.process import ProcessDriver
 from services.liveness.handlers import Handlers
 from services.liveness.loops import Loops
@@ -309,10 +309,10 @@ class FakeEngine:
 class Replica:
     """One replica's handlers and loops, called directly; the outbox is read instead of the bus."""
 
-    def __init__(self, settings: Settings, pool: Pool, engine: FakeEngine) -> None:
+    def __init__(self, settings: Settings, pool: Pool, engine: Driver, *, called: str = "process") -> None:
         self.pool = pool
         self.settings = settings
-        drivers = {"process": engine}
+        drivers = {called: engine}
         self.restarts = Restarts(settings, pool, drivers, told=_nothing)
         self.loops = Loops(settings, pool, self, drivers, died=_nothing, told=_nothing)  # type: ignore[arg-type]
         self.handlers = Handlers(drivers if settings.mode == "act" else (), _nothing, _nothing)
@@ -356,12 +356,13 @@ class Replica:
         await self.restarts.run_once(now)
         await self.restarts.settled()
 
-    async def up(self, engine: FakeEngine, *names: str, **about: Any) -> None:
-        """Agents that run, were heard, and have been stable for long."""
+    async def up(self, engine: FakeEngine | None, *names: str, **about: Any) -> None:
+        """Agents that run (in `engine`, or already), were heard, and have been stable for long."""
         await self.hear(ProxyBeat(workspace_id=FLEET, rev=1, proxy_id="p1"))
         for name in names:
             await self.hear(registration(name, **about))
-            engine.start(name)
+            if engine is not None:
+                engine.start(name)
         await self.look()
         await self.pool.execute(
             "UPDATE proxies SET since_at = now() - interval '1 day', beat_at = now() + interval '1 day'"

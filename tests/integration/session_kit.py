@@ -27,6 +27,7 @@ from shared.facts import (
     SessionStop,
     WorkspaceBacklog,
     WorkspaceEvidence,
+    WorkspaceStatus,
 )
 from tests.conftest import Stack, until
 from tests.integration.conftest import replica
@@ -38,7 +39,7 @@ TABLES = (
 )
 READ_BY_OTHERS = (
     "scheduler.gate.closed", "liveness.workspace.evidence", "queue.session.gate", "queue.session.stop",
-    "queue.kill.done", "queue.proxy.beat", "queue.workspace.heartbeat",
+    "queue.kill.done", "queue.proxy.beat", "queue.workspace.heartbeat", "queue.workspace.status",
 )  # fmt: skip
 
 
@@ -101,6 +102,17 @@ class Supervisor:
                 workspace_id=name, rev=self.rev(), session_id=session, incarnation=1, order_id=uuid7(), result=result
             )
         )
+
+    # ── what liveness says ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def life(self, name: str, status: Any, *, incarnation: int = 1) -> None:
+        """Say what is believed of an agent's life, and come back when the queue has heard it."""
+        word = WorkspaceStatus(
+            workspace_id=name, rev=self.rev(), incarnation=incarnation, status=status, reason="a test"
+        )  # fmt: skip
+        await self.front.publisher.publish(word)
+        heard = "SELECT count(*) = 1 FROM inbox WHERE fact_id = $1"
+        await until(lambda: self._true(heard, word.fact_id))
 
     # ── what proxies say ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -19,6 +19,7 @@ from shared.database import Connection, transact
 from shared.facts import EvidenceKind, Priority, ScheduleChanged, ScheduleTick, TickSettled, WorkspaceChanged
 from tests.conftest import Stack, until
 from tests.integration import claim_kit
+from tests.integration.calendar_kit import free
 from tests.integration.conftest import replica
 from tests.integration.queue_kit import agent, queue_service
 from tests.integration.session_kit import TABLES, Puppet, Supervisor, in_s, puppet, supervisor, task
@@ -272,8 +273,7 @@ async def test_what_was_told_to_stop_is_not_delivered_again(
         await worker.until(lambda: worker.active == 1)
         await chief.stop(name, queue_id, reason)
         worker.behave(slow_s=0)
-        for turn in [*worker._state.turns._running]:
-            turn.cancel()
+        free(worker)
         (item,) = await chief.front.ended(queue_id)
         assert (item["status"], item["reason"], item["delivery_no"]) == (*ends, 1)
         worker.behave(work_s=0.01)
@@ -409,7 +409,7 @@ async def test_what_the_beats_of_an_agent_no_longer_show_is_abandoned(chief: Sup
 
 async def test_a_lower_ceiling_reaches_what_runs(chief: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     """C-K9: changed while a delivery runs, it bounds that one too, after the time in which a session is ended."""
-    monkeypatch.setattr(deliver, "CEILING_SLACK_S", 0.3)
+    monkeypatch.setattr(deliver, "TURN_SLACK_S", 0.0)
     name = fresh()
     async with puppet() as mute:
         await chief.front.register(name, mute.url)
@@ -418,7 +418,7 @@ async def test_a_lower_ceiling_reaches_what_runs(chief: Supervisor, monkeypatch:
         for ceiling_s in (3600.0, 0.1):
             changed = WorkspaceChanged(
                 workspace_id=name, rev=(uuid7().int >> 80) + 1, incarnation=1, url=mute.url,
-                settings={"session_ceiling_s": ceiling_s},
+                settings={"session_ceiling_s": ceiling_s, "checkpoint_grace_s": 0.1, "stop_grace_s": 0.2},
             )  # fmt: skip
             await chief.front.publisher.publish(changed)
             await until(lambda ceiling_s=ceiling_s: _is_bound(chief, name, ceiling_s))  # type: ignore[misc]

@@ -47,7 +47,7 @@ TWO = replace(SHUT, gates={**SHUT.gates, "t": Gate(1, NOW + 60)})
         pytest.param(OPEN, ("s", 1, True, 120), 120, 1, id="the first session closes it"),
         pytest.param(OPEN, ("s", 1, True, 0), None, 0, id="a word that comes when its time is over closes nothing"),
         pytest.param(SHUT, ("s", 6, True, 125), 125, 3, id="renewed: the same closing"),
-        pytest.param(SHUT, ("s", 6, True, 30), 30, 3, id="renewed for less"),
+        pytest.param(SHUT, ("s", 6, True, 30), 120, 3, id="renewed for less: its moment only grows"),
         pytest.param(SHUT, ("s", 4, True, 200), 120, 3, id="an older word changes nothing"),
         pytest.param(SHUT, ("s", 4, False, 0), 120, 3, id="an older word that it has left neither"),
         pytest.param(SHUT, ("s", 5, True, 120), 120, 3, id="said twice"),
@@ -77,6 +77,17 @@ def test_a_gate_opens_by_itself_and_its_next_closing_is_a_new_one() -> None:
     assert (gate_until(again, NOW + 120), again.gate_generation) == (NOW + 240, 4)
     in_time = hear_gate(SHUT, "s", rev=6, closed=True, until=NOW + 240, now=NOW + 119.9)
     assert in_time.gate_generation == 3
+
+
+def test_while_it_is_closed_its_moment_only_grows() -> None:
+    """I6: what was told of it licenses a kill, whoever leaves meanwhile and however unevenly it is renewed."""
+    shut = hear_gate(SHUT, "t", rev=1, closed=True, until=NOW + 60, now=NOW)
+    assert gate_until(shut, NOW) == NOW + 120
+    assert in_gate(shut, NOW + 119) == ["s", "t"], "none lapses before the others"
+    left = hear_gate(shut, "s", rev=6, closed=False, until=NOW + 100, now=NOW + 100)
+    assert gate_until(left, NOW + 100) == NOW + 120
+    assert gate_until(hear_gate(left, "t", rev=2, closed=False, until=NOW, now=NOW + 110), NOW + 110) is None
+    assert gate_until(left, NOW + 120) is None
 
 
 def test_the_order_of_words_does_not_matter() -> None:

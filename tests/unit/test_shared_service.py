@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
 from shared.http import health_app
-from shared.loops import Loop, turning
+from shared.loops import Loop, LoopSilent, turning
 from shared.settings import SharedSettings
 from shared.telemetry import Health, log, start_logging
 
@@ -153,6 +153,28 @@ async def test_a_wake_during_a_turn_is_not_lost() -> None:
     loop = Loop("test_wake", work)
     async with turning([loop]), asyncio.timeout(5):
         await twice.wait()
+
+
+async def test_a_loop_that_does_not_come_through_is_not_ready() -> None:
+    """C-R6: whatever it waits for; asked in between, one that only sleeps is well."""
+    stuck, turned = asyncio.Event(), asyncio.Event()
+
+    async def work() -> float:
+        turned.set()
+        await stuck.wait()
+        return 3600
+
+    loop = Loop("test_silent", work)
+    async with turning([loop]), asyncio.timeout(5):
+        await turned.wait()
+        await loop.probe(60)
+        with pytest.raises(LoopSilent, match="no turn"):
+            await loop.probe(0)
+        before = REGISTRY.get_sample_value("bide_loop_last_turn_timestamp_seconds", {"loop": "test_silent"})
+        stuck.set()
+        while REGISTRY.get_sample_value("bide_loop_last_turn_timestamp_seconds", {"loop": "test_silent"}) == before:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await loop.probe(1)
 
 
 @pytest.fixture

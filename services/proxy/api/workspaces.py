@@ -11,6 +11,7 @@ from typing import Any
 from services.proxy.api.finding import Finding, gone
 from services.proxy.api.forms import Note, Patch
 from services.proxy.api.identity import Identity, display
+from services.proxy.api.lives import Lives
 from services.proxy.api.sessions import NOT_KNOWN, Sessions, Shown, among
 from services.proxy.api.wire import Refused, Request, Response, answer, validated
 from services.proxy.copies import Copies
@@ -45,6 +46,7 @@ class Workspaces:
         store: Store,
         told: Callable[[], None],
         sessions: Sessions,
+        lives: Lives,
     ) -> None:
         self._settings = settings
         self._copies = copies
@@ -53,6 +55,7 @@ class Workspaces:
         self._store = store
         self._told = told
         self._sessions = sessions
+        self._lives = lives
 
     async def list(self, request: Request) -> Response:
         """Every workspace, by id; `cursor` is the last id of the page before."""
@@ -99,16 +102,24 @@ class Workspaces:
         return await self._write(workspace_id, {"paused": True, **named}, audit)
 
     async def resume(self, request: Request, workspace_id: str) -> Response:
+        """Let what waits go on, whatever liveness does; where an operator says it, also what was given up."""
         caller = await self._identity.require(request)
         await self._finding.owned(caller, workspace_id)
-        audit = Audit(caller.caller_id, "resume", {"note": noted(await self._body(request))})
-        return await self._write(workspace_id, {"paused": False, "pause_note": None}, audit)
+        note = noted(await self._body(request))
+        audit = Audit(caller.caller_id, "resume", {"note": note})
+        workspace = await self._patched(workspace_id, {"paused": False, "pause_note": None}, audit)
+        told = await self._lives.resume(workspace_id, caller, note) if caller.is_operator else None
+        return answer(200, {**self._show(workspace, NOT_KNOWN), "liveness": told})
 
     async def _body(self, request: Request) -> bytes:
         return await request.body(self._settings.body_bytes_max, self._settings.body_read_s)
 
     async def _write(self, workspace_id: str, changes: Mapping[str, Any], audit: Audit) -> Response:
         """Write what changes, tell everybody, and answer with the workspace as it is now."""
+        # Whoever changes a setting does not ask for its sessions.
+        return answer(200, self._show(await self._patched(workspace_id, changes, audit), NOT_KNOWN))
+
+    async def _patched(self, workspace_id: str, changes: Mapping[str, Any], audit: Audit) -> Workspace:
         workspace = await self._store.patch(workspace_id, changes, audit)
         if workspace is None:
             raise Refused(gone(self._copies.registry.find(workspace_id)))
@@ -116,7 +127,7 @@ class Workspaces:
         self._told()
         names = sorted({*changes, *changes.get("settings", {})} - {"settings"})
         log.info("workspace_changed", workspace_id=workspace_id, changed=names, rev=workspace.rev)
-        return answer(200, self._show(workspace, NOT_KNOWN))  # whoever changes a setting does not ask for them
+        return workspace
 
     async def remove(self, request: Request, workspace_id: str) -> Response:
         """Remove it for ever; twice is once."""

@@ -19,17 +19,26 @@ _LEFT_KEPT_S = 600.0
 def hear_gate(
     workspace: Workspace, session_id: str, *, rev: int, closed: bool, until: float, now: float
 ) -> Workspace:  # fmt: skip
-    """Apply a word about one session in the gate; an older one, or one from before it left, changes nothing."""
+    """Apply a word about one session in the gate; an older one, or one from before it left, changes nothing.
+
+    While it is closed its moment only grows, and all in it share it: an order to kill was licensed by the latest that
+    was told, and must not outlive the gate because another session left or was renewed less often.
+    """
     known = workspace.gates.get(session_id)
     if known is not None and (rev, not closed) < (known.rev, known.left):
         return workspace
-    word = Gate(rev, until) if closed else Gate(rev, now + _LEFT_KEPT_S, left=True)
+    was = gate_until(workspace, now)
+    shared = max(until, was or until)
+    word = Gate(rev, shared) if closed else Gate(rev, now + _LEFT_KEPT_S, left=True)
     if word == known:
         return workspace
-    begins = closed and until > now and gate_until(workspace, now) is None
+    begins = closed and until > now and was is None
+    others = current(workspace.gates, now)
+    if closed and until > now:
+        others = {name: gate if gate.left else replace(gate, until=shared) for name, gate in others.items()}
     return replace(
         workspace,
-        gates={**current(workspace.gates, now), session_id: word},
+        gates={**others, session_id: word},
         gate_generation=workspace.gate_generation + begins,
         rev=workspace.rev + 1,
     )

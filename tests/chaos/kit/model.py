@@ -19,6 +19,9 @@ ATTEMPTS_MAX, DEATHS_MAX = 5, 3
 SLACK_MS = 10_000
 INFO_PATIENCE_MS = 120_000
 STARVES_S = 20.0
+GRACE_S = 5.0
+HEARD_LATE_S = 10.0
+"""How long a new life may take messages before anybody hears of it."""
 Place = tuple[int, int, UUID]
 Key = tuple[str, str, str]
 
@@ -283,9 +286,23 @@ class Model:
                 item.give_up_at += lost_s
                 item.expires_at = item.expires_at + lost_s if item.expires_at is not None else None
 
-    def is_let_go(self, item: Item) -> bool:
-        """Whether its owner hangs up: nothing else can end it, or its agent has begun another life since its stop."""
-        return item.hung_up or (item.stop is not None and self.seat(item.workspace).incarnation > item.life)
+    def let_go(self, item: Item, now: float, *, is_followed: bool) -> str | None:
+        """What it has come to if its owner hangs up: nothing else can end it, or the life that had it is over."""
+        seat = self.seat(item.workspace)
+        replaced = seat.incarnation > item.life
+        if item.hung_up or (item.stop is not None and replaced):
+            return "ceiling"
+        dead = seat.dead is not None and item.life <= seat.dead
+        began = seat.deliveries[item.queue_id, item.delivery_no].begun
+        if replaced:
+            was_first = seat.life_at is not None and seat.life_at - began >= HEARD_LATE_S
+            is_over = not is_followed and (dead or was_first)  # the new life is asked for a task
+        else:
+            is_over = dead and now - seat.dead_at >= GRACE_S
+        if not is_over:
+            return None
+        self.seen["outlived"] += 1
+        return "ceiling" if item.stop is not None else "unknown"
 
     def _first(self, item: Item) -> Item:
         """Who stands first in its lane."""

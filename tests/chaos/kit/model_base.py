@@ -34,7 +34,8 @@ FROM a2a_finished f WHERE workspace_id = ANY($1::text[])"""
 SEATS = """
 SELECT workspace_id, waiting, waiting_critical, waiting_info, running, floors, served_critical,
   extract(epoch FROM not_before)::float8 AS not_before, extract(epoch FROM paused_at)::float8 AS paused_at,
-  gates, gate_generation, (SELECT count(*) FROM dead_letters) AS dead_letters
+  gates, gate_generation, incarnation, status IN ('offline', 'restarting', 'gave_up')
+    AND dead_incarnation >= incarnation AS is_down, (SELECT count(*) FROM dead_letters) AS dead_letters
 FROM workspaces WHERE workspace_id = ANY($1::text[])"""
 TOLD = """
 SELECT id, convert_from(fact, 'UTF8')::jsonb ->> 'queue_id' AS queue_id,
@@ -67,6 +68,7 @@ class Base(RuleBasedStateMachine):
         self.facts: list[MessageBusy] = []
         self.beats: dict[tuple[str, str], list[ProxyBeat]] = {}
         self.revs = dict.fromkeys(self.names, 0)
+        self.lives = dict.fromkeys(self.names, 0)
         self.words: dict[tuple[str, str], list[SessionGate]] = {}
         self.final: dict[UUID, str] = {}
         self.told: dict[UUID, tuple[str, str | None]] = {}
@@ -155,9 +157,13 @@ class Base(RuleBasedStateMachine):
         for item in waiting:
             assert row["floors"][item.lane] <= item.rank_ms, f"I3: {item.queue_id} waits below the floor of its lane"
         near(
-            {name: row[name] for name in ("served_critical", "paused_at", "dead_letters")},
-            {"served_critical": seat.served_critical, "paused_at": seat.paused_at, "dead_letters": 0},
-        )
+            {name: row[name] for name in ("served_critical", "paused_at", "dead_letters", "incarnation")},
+            {
+                "served_critical": seat.served_critical, "paused_at": seat.paused_at, "dead_letters": 0,
+                "incarnation": seat.incarnation,
+            },
+        )  # fmt: skip
+        assert bool(row["is_down"]) == seat.is_down, "who is dead gets nothing"
 
         now = self.clock.said
         gates = json.loads(row["gates"]).values()

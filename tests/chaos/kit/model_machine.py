@@ -167,6 +167,7 @@ class QueueMachine(Endings):
         for _ in range(40):
             self.clock.ahead_s += 100
             for name in self.names:
+                await self.declared(last, self.model.seat(name), "online")
                 await self.registered(last, self.model.seat(name), maximum=30)
                 await self.beaten(last, self.model.seat(name), active=0)
             await self._judge(last, ripe=True)

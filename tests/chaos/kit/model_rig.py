@@ -34,7 +34,7 @@ from shared.facts import Fact, FactT, ItemKept, QueryAnswered
 from shared.inbox import Inbox
 from shared.intake import Batch, Store
 from shared.outcomes import Answer, Fault
-from tests.chaos.kit.model import STARVES_S
+from tests.chaos.kit.model import GRACE_S, STARVES_S
 from tests.chaos.kit.model_clock import IN_TEST_TIME, Clock, moment, standing_clock
 from tests.conftest import Stack
 from tests.integration.queue_kit import queue_settings
@@ -278,7 +278,7 @@ class Rig:
 @asynccontextmanager
 async def open_rig(stack: Stack) -> AsyncIterator[Rig]:
     settings = queue_settings(
-        stack, follow_min_s=0.001, follow_max_s=0.001, starvation_limit_s=STARVES_S, stop_grace_s=1e9
+        stack, follow_min_s=0.001, follow_max_s=0.001, starvation_limit_s=STARVES_S, stop_grace_s=GRACE_S
     )
     async with (
         standing_clock(stack),

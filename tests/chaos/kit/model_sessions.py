@@ -17,7 +17,31 @@ from tests.chaos.kit.model_seat import Seat
 
 
 class Endings(Deliveries):
-    """The scheduler."""
+    """The scheduler, and liveness."""
+
+    @rule(
+        by=some, index=some, status=st.sampled_from(["offline", "offline", "online"]),
+        seconds=st.sampled_from([0.0, 4.9, 5.1, 12.0]), then=st.sampled_from(["registers", "beats", "online", ""]),
+    )  # fmt: skip
+    def die(self, by: int, index: int, **said: Any) -> None:
+        """An agent dies with what it has, noticed by liveness or not, and another life of it is heard, or the same."""
+        self.run(self._dies(self.pick(by), self.seat(index), **said))
+
+    async def _dies(self, replica: Replica, seat: Seat, *, status: str, seconds: float, then: str) -> None:
+        await self.swept(replica)
+        await self.turned(replica, [])
+        await self.declared(replica, seat, status)
+        self.clock.ahead_s += seconds
+        match then:
+            case "registers":
+                await self.registered(replica, seat, maximum=2, life=1)
+            case "beats":
+                await self.beaten(replica, seat, active=0, life=1)
+            case "online":
+                await self.declared(replica, seat, "online")
+        for each in self.replicas:
+            await self.reread(each)
+        await self.turned(replica, [])
 
     @rule(
         by=some, index=some, session=st.sampled_from("st"), closed=st.sampled_from([True, False, False]),
