@@ -263,7 +263,7 @@ async def test_a_crash_loop_is_given_up_and_comes_back_by_the_operator(lead: Cal
     await asyncio.sleep(3)  # sweeps in which nothing may happen
     assert ring.pid(name) == last
     record = ring.let_run(name, work_s=0.1)
-    asked = await lead.call("POST", f"/workspaces/{name}/restart", {"reason": "mended"})
+    asked = await lead.call("POST", f"/workspaces/{name}/resume", {"note": "mended"})
     assert asked.status == 200, asked.body
     await until(lambda: _is_up(lead, name))
     assert (await lead.ended(kept.json["queue_id"]))["status"] == "completed"
