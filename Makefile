@@ -25,7 +25,7 @@ setup: .venv/installed ## The virtual environment, pinned by hash
 run: setup ## The whole stack on this machine: real Postgres, real RabbitMQ, the four services; Ctrl-C stops it
 	@$(PY) -m deploy.local up $(ARGS)
 
-demo: setup ## A lead delegates to busy workers, with Bide and without: what is kept, what is lost
+demo: setup ## Three stories: busy workers, a session without end, a death that is none and one that is
 	@$(PY) -m deploy.demo
 
 down: setup ## End what a crashed `make run` left behind

@@ -38,7 +38,7 @@ class Loop:
         self._woken = asyncio.Event()
         self._failures = 0
         self._stopped = False
-        self._turned_at = time.monotonic()
+        self._turned_at = self._ended_at = time.monotonic()
         FAILED_TURNS.labels(name)
 
     def wake(self) -> None:
@@ -50,6 +50,10 @@ class Loop:
         self._stopped = True
         self._woken.set()
 
+    def age_s(self) -> float:
+        """For /livez: how long ago its last turn ended, well or not. What only waits for its servers still turns."""
+        return time.monotonic() - self._ended_at
+
     async def probe(self, within_s: float) -> None:
         """For /readyz: raise LoopSilent when no turn has come through within so long, whatever it waits for."""
         silent_s = time.monotonic() - self._turned_at
@@ -57,10 +61,11 @@ class Loop:
             raise LoopSilent(f"no turn has come through for {silent_s:.1f} s")
 
     async def run(self) -> None:
-        self._turned_at = time.monotonic()
+        self._turned_at = self._ended_at = time.monotonic()
         while not self._stopped:
             self._woken.clear()
             delay_s = await self._turn()
+            self._ended_at = time.monotonic()
             if self._stopped:
                 return
             with contextlib.suppress(TimeoutError):

@@ -28,6 +28,8 @@ from shared.loops import turning
 from shared.service import running, start
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+STUCK_S = 120.0
+"""No turn of these loops lasts half as long: each of its calls has a limit."""
 
 
 def drivers_of(settings: Settings) -> dict[str, Driver]:
@@ -61,6 +63,8 @@ async def main(settings: Settings) -> None:
         answers = Answers(settings, service.publisher, handlers.wake)
         service.reader.store(LivenessQuery, answers.query)
         exits = [asyncio.create_task(loops.exits(driver), name=f"exits {name}") for name, driver in drivers.items()]
+        for loop in (loops.looks, restarts.loop):
+            service.health.add_pulse(loop.name, loop.age_s, limit_s=STUCK_S)
         try:
             async with turning([restarts.loop, *loops.all()]):
                 await service.serve()

@@ -134,10 +134,12 @@ class Loops:
             try:
                 await transact(self.pool, work)
             except Exception as error:
-                if classify(error) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                if (trouble := classify(error)) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                     raise
                 # No write, no restart (D-S19); the next look comes by itself.
                 log.warning("verdict_not_written", workspace_id=life.workspace_id, error=str(error)[:300])
+                if trouble is Trouble.INFRASTRUCTURE:
+                    break  # it would fail for each of the others too, after the same wait
         self.told()
         self.died()
 
@@ -194,11 +196,14 @@ class Loops:
             case Verdict.DEAD:
                 if before.suspected_at is not None:
                     DETECTED.observe((now - before.suspected_at).total_seconds())
-                life = await door.declare_dead(connection, life, decision.reason, decision.sentence, now)
+                life = await door.declare_dead(
+                    connection, life, decision.reason, decision.sentence, now, backoff_s=self.settings.backoff_s
+                )
             case Verdict.WEDGED if life.restart_wedged and self.settings.mode == "act":
                 life = await door.tell_and_restart(
-                    connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s
-                )
+                    connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s,
+                    backoff_s=self.settings.backoff_s,
+                )  # fmt: skip
             case Verdict.SUSPECT:
                 if decision.reason is Reason.HELD:
                     HOLDS.inc()

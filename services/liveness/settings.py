@@ -37,6 +37,9 @@ class Settings(SharedSettings):
     """After its own start a replica gives no verdict from silence or a single look."""
     notice_s: float = Field(default=10.0, ge=0, le=600)
     """Between `checkpoint {restart}` and a restart that can wait: an operator's, or of a wedged agent."""
+    backoff_s: float = Field(default=10.0, gt=0, le=300)
+    """The first wait before a restart that follows another, or before a driver call that failed is made again; it
+    doubles, to 300 s."""
     call_s: float = Field(default=60.0, gt=0)
     """The longest a driver call may take; above the longest stop_s of an agent."""
     lease_s: float = Field(default=75.0, gt=0)

@@ -43,9 +43,16 @@ class Workspace:
     paused: bool = False
     pause_note: str | None = None
     boot_id: str | None = None
+    registered_boot: str | None = None
+    """The process that registered last; None: it named no boot id."""
     boots_past: tuple[str, ...] = ()
     booted_at: float | None = None
     removed: bool = False
+
+    @property
+    def is_unregistered(self) -> bool:
+        """Whether another process beats than the one that registered: the url may lead nowhere (A-L-11)."""
+        return self.registered_boot is not None and self.registered_boot != self.boot_id
 
 
 def said_s(workspace: Workspace, name: str, default_s: float) -> float:

@@ -37,6 +37,9 @@ STALE_COPY = Counter(
 )
 ATTACHED = Counter("bide_proxy_attached_total", "Calls that waited for the answer of the same message")
 HEARTBEATS = Counter("bide_proxy_heartbeats_total", "Heartbeats taken")
+UNREGISTERED = Counter(
+    "bide_proxy_unregistered_heartbeats_total", "Heartbeats of processes that have not registered: their url may be old"
+)
 TOKEN_LOOKUPS = Counter("bide_proxy_token_lookups_total", "Tokens that this replica's copy did not know", ["found"])
 INCARNATIONS = Counter("bide_proxy_incarnations_total", "New lives of agents, by how they were noticed", ["by"])
 DIRECTIVES = Counter(

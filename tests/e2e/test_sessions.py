@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +13,8 @@ import pytest
 
 from bide_agent.agent import Agent
 from tests.conftest import until
-from tests.e2e.conftest import ROOT, Caller, Fleet, Ready, up
+from tests.e2e.conftest import Caller, Fleet
+from tests.e2e.operated import Operated, lines, operated
 from tests.integration.calendar_kit import free, said
 
 PERIOD_S = 3
@@ -35,43 +28,10 @@ QUICK = {
 """What is said every few seconds is said within one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Operated(Ready):
-    """A stack whose agents liveness runs, by the operator's file."""
-
-    folder: Path
-
-    def let_run(self, name: str, *behaviour: str) -> Path:
-        """Write how this workspace's agent is run; return the file in which it notes what it gets."""
-        record = self.folder / f"{name}.jsonl"
-        words = [
-            sys.executable, "-m", "bide_agent", "--workspace", name, "--bide", self.proxy, "--token", self.admin_token,
-            "--heartbeat-s", "1", "--work-s", "600", "--record", str(record), "--state-dir", str(self.folder),
-            *(word for each in behaviour for word in ("--behaviour", each)),
-        ]  # fmt: skip
-        command = ", ".join(json.dumps(word) for word in words)
-        entry = f'[agents."{name}"]\ncommand = [{command}]\ncwd = {json.dumps(str(ROOT))}\nstop_s = 1.0\n'
-        (self.folder / "agents.toml").write_text(entry)
-        return record
-
-    def end(self, name: str) -> None:
-        """End what liveness started there, so that no turn is waited for."""
-        started = json.loads((self.folder / "run" / f"{name}.json").read_text())
-        with suppress(ProcessLookupError):
-            os.killpg(started["pid"], signal.SIGKILL)
-
-
 @pytest.fixture(scope="module")
 def ring() -> Iterator[Operated]:
-    with tempfile.TemporaryDirectory(prefix="bide-agents-", ignore_cleanup_errors=True) as folder:
-        files = {
-            "BIDE_LIVENESS_AGENTS_FILE": f"{folder}/agents.toml",
-            "BIDE_LIVENESS_AGENTS_FOLDER": f"{folder}/run",
-            "BIDE_LIVENESS_SETTLE_S": "0",
-        }
-        Path(folder, "agents.toml").write_text("")
-        with up(**QUICK, **files) as ready:
-            yield Operated(ready.proxies, ready.admin_token, ready.pids, Path(folder))
+    with operated(**QUICK) as ready:
+        yield ready
 
 
 async def in_a_long_session(lead: Caller, fleet: Fleet, **behaviour: Any) -> tuple[Agent, asyncio.Task[Any]]:
@@ -216,8 +176,3 @@ async def test_what_ignores_its_checkpoint_is_stopped_and_what_ignores_the_stop_
         await lead.call("PATCH", f"/workspaces/{name}", {"desired": "stopped"})
         await lead.call("POST", f"{schedule}/pause")
         ring.end(name)
-
-
-def lines(record: Path) -> list[dict[str, Any]]:
-    """What the agent has noted."""
-    return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []

@@ -51,6 +51,32 @@ async def test_livez_touches_no_dependency() -> None:
     assert (await get(health, "/livez"))[0] == 200
 
 
+async def test_livez_tells_of_a_loop_that_hangs_and_not_of_one_that_fails() -> None:
+    """D-S26, C-R6: a decision loop that no longer turns is noticed by whoever supervises; an outage is no reason."""
+    hanging, failing = Loop("hanging", _hangs), Loop("failing", _refused)
+    health = Health()
+    for loop in (hanging, failing):
+        health.add_pulse(loop.name, loop.age_s, limit_s=0.3)
+    async with turning([hanging, failing]):
+        assert (await get(health, "/livez"))[0] == 200
+        async with asyncio.timeout(5):
+            while (await get(health, "/livez"))[0] == 200:
+                failing.wake()
+                await asyncio.sleep(0.01)  # time is what is tested
+        status, body = await get(health, "/livez")
+    assert status == 503
+    assert set(json.loads(body)) == {"status", "hanging"}
+
+
+async def _hangs() -> float:
+    await asyncio.Event().wait()
+    return 0.0
+
+
+async def _refused() -> float:
+    raise ConnectionRefusedError("refused")
+
+
 async def test_readyz_names_what_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.telemetry.PROBE_TIMEOUT_S", 0.02)
     health = Health()

@@ -231,7 +231,8 @@ class Restarts:
         )
         if life.incarnation == job.restart.incarnation and not life.removed:
             boot_until = moment + timedelta(seconds=self._settings.boot_s)
-            after = replace(after, boot_until=boot_until, unheard=life.unheard + 1)
+            # What was heard before this start was the one that is gone: it must not vouch for the new one.
+            after = replace(after, boot_until=boot_until, unheard=life.unheard + 1, heard_at=None)
             after = believed(after, Status.RESTARTING, "it was started and has not been heard yet")
         await store.save(connection, {life.workspace_id: life}, [after], moment)
         fence = job.restart.fence
@@ -257,7 +258,7 @@ class Restarts:
     async def _postpone(self, job: _Job, error: str, now: datetime | None) -> None:
         """The call failed or hung: again, later each time, with a row that says so (D-S20)."""
         CALLS_FAILED.inc()
-        wait_s = budget.retry_s(job.restart.tries + 1)
+        wait_s = budget.retry_s(job.restart.tries + 1, backoff_s=self._settings.backoff_s)
 
         async def work(connection: Connection) -> None:
             moment = await store.clock(connection, now)

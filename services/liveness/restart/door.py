@@ -28,8 +28,9 @@ _ALIVE = frozenset({Reason.OPERATOR, Reason.CEILING, Reason.WEDGED})
 
 
 async def declare_dead(
-    connection: Connection, life: Life, reason: Reason, evidence: str, now: datetime, *, notice_s: float = 0.0
-) -> Life:
+    connection: Connection, life: Life, reason: Reason, evidence: str, now: datetime, *, notice_s: float = 0.0,
+    backoff_s: float = budget.BACKOFF_FIRST_S,
+) -> Life:  # fmt: skip
     """Transaction 1, inside the caller's, which holds the agent: open the restart, or give up. The caller saves it.
 
     `notice_s`: what an agent that can still hear gets before its turn. A request during a restart is that restart.
@@ -40,7 +41,7 @@ async def declare_dead(
         return life
     since = max(now - timedelta(seconds=budget.BUDGET_WINDOW_S), life.forgiven_at or _LONG_AGO)
     recent = await connection.fetchval(SQL["recent_restarts"], life.workspace_id, since)
-    plan = budget.plan(life, reason, recent, now)
+    plan = budget.plan(life, reason, recent, now, backoff_s=backoff_s)
     if plan.due_at is None:
         RESTARTS_ENDED.labels("gave_up").inc()
         log.error("gave_up", workspace_id=life.workspace_id, why=plan.sentence)
@@ -62,11 +63,12 @@ async def declare_dead(
 
 
 async def tell_and_restart(
-    connection: Connection, life: Life, reason: Reason, evidence: str, now: datetime, *, notice_s: float
-) -> Life:
+    connection: Connection, life: Life, reason: Reason, evidence: str, now: datetime, *, notice_s: float,
+    backoff_s: float = budget.BACKOFF_FIRST_S,
+) -> Life:  # fmt: skip
     """Restart an agent that may still hear: it is asked to save its work first (A-L-19)."""
     notice_s = notice_s if life.heard_at is not None else 0.0
-    after = await declare_dead(connection, life, reason, evidence, now, notice_s=notice_s)
+    after = await declare_dead(connection, life, reason, evidence, now, notice_s=notice_s, backoff_s=backoff_s)
     if after.fence > life.fence and notice_s > 0:
         directive = SessionDirective(
             workspace_id=life.workspace_id,

@@ -183,7 +183,12 @@ class Workspaces:
                 return "offline", "it has not sent a heartbeat that this replica knows of"
             if not use.beat.is_fresh(now):
                 return "offline", f"its last heartbeat came {now - use.beat.at:.0f} s ago"
+        if workspace.is_unregistered:
+            return "busy" if is_full else "online", _UNREGISTERED
         return ("busy", "everything it can do at once is in use") if is_full else ("online", "it can take a message")
+
+
+_UNREGISTERED = "it beats, but this process of it has not registered: its url may be that of the last one"
 
 
 def _line(view: View, promises: Collection[Keep], now: float) -> dict[str, Any]:
