@@ -44,7 +44,8 @@ def early(
         wanted += [("tick_waiting", tick.about) for tick in ticks if _waits_long(tick, rules, now)]
     known = {(ask.reason, ask.about) for ask in session.asks}
     deadline_at = now + timedelta(seconds=rules.checkpoint_grace_s)
-    asks = tuple(Ask(reason, about, deadline_at, now) for reason, about in wanted if (reason, about) not in known)
+    new = [each for each in wanted if each not in known][: ASKS_MAX - len(session.asks)]
+    asks = tuple(Ask(reason, about, deadline_at, now) for reason, about in new)
     says = tuple(Directive("checkpoint", ask.reason, ask.about, deadline_at) for ask in asks)
     return (replace(session, asks=(*session.asks, *asks)), says) if asks else (session, ())
 
