@@ -104,12 +104,17 @@ def test_that_a_session_has_left_outlasts_what_is_on_its_way_and_is_forgotten() 
     late = hear_gate(left, "s", rev=5, closed=True, until=NOW + 500, now=NOW + 300)
     assert gate_until(late, NOW + 300) is None
     assert not is_engaged(left)
-    beaten = hear_beat(left, rev=1, at=NOW + 3600, active=0, cadence_s=30, incarnation=1, maximum=None)
+    beaten = hear_beat(left, rev=1, at=NOW, active=0, cadence_s=30, incarnation=1, maximum=None, now=NOW + 3600)
     assert beaten.gates == {}
 
 
+def test_a_beat_by_a_clock_that_is_ahead_opens_no_gate() -> None:
+    beaten = hear_beat(SHUT, rev=1, at=NOW + 3600, active=0, cadence_s=30, incarnation=1, maximum=None, now=NOW)
+    assert closed(beaten, NOW) is Closed.GATE
+
+
 def test_a_new_life_opens_no_gate() -> None:
-    beaten = hear_beat(SHUT, rev=1, at=NOW, active=0, cadence_s=30, incarnation=9, maximum=None)
+    beaten = hear_beat(SHUT, rev=1, at=NOW, active=0, cadence_s=30, incarnation=9, maximum=None, now=NOW)
     assert closed(beaten, NOW) is Closed.GATE
 
 
