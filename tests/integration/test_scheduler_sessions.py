@@ -189,6 +189,22 @@ async def test_the_gates_word_puts_the_kill_into_the_outbox(supervisors: Supervi
     assert (row["state"], row["deadline_at"], row["orders"]) == ("kill_ordered", until, 1)
 
 
+async def test_who_dies_of_a_kill_before_its_stop_is_stopped_too(supervisors: Supervisors) -> None:
+    await supervisors.until(2)
+    both = [runs("q:1"), runs("q:2", 1)]
+    for moment in (2, 100, 120):
+        await supervisors.until(moment)
+        await supervisors.see(backlog(*both))
+    await supervisors.pool.execute(
+        "UPDATE sessions SET state = 'checkpoint_sent', stop_reason = NULL, deadline_at = $1 WHERE session_id = 'q:2'",
+        at(141),
+    )
+    await supervisors.until(131)
+    stops = of(await supervisors.shut(in_flight=both), SessionStop)
+    assert [(each.session_id, each.reason) for each in stops][-1] == ("q:2", "ceiling")
+    assert len(await supervisors.kills()) == 1
+
+
 async def test_words_of_the_gate_in_any_order_leave_the_newest(supervisors: Supervisors) -> None:
     """C-K4: repeated, late, reordered."""
     await supervisors.brought_to("stop_sent")

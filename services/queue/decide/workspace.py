@@ -211,8 +211,9 @@ def hear_beat(
 ) -> Workspace:
     """Apply a heartbeat; an older one, or one of an older incarnation, changes nothing.
 
-    `at` is by the clock of the proxy that it came to, `now` by ours, which gates go by. `begun_after`: our running deliveries that began after the beat came in, while it was on its way to us. Some may
-    have ended again meanwhile: of those, too, both the begin and the end are counted.
+    `at` is by the clock of the proxy that it came to, `now` by ours, which gates go by. `begun_after`: our running
+    deliveries that began after the beat came in, while it was on its way to us. Some may have ended again meanwhile:
+    of those, too, both the begin and the end are counted.
     """
     if incarnation < workspace.incarnation or (incarnation == workspace.incarnation and rev <= workspace.beat_rev):
         return workspace

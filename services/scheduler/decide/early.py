@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from services.scheduler.decide.sessions import Ask, Directive, Reason, Rules, Session, State
+from services.scheduler.decide.says import Directive, Reason
+from services.scheduler.decide.sessions import Ask, Rules, Session, State
 
 ASKS_MAX = 100
 """Early requests to one session; who did not hear a hundred will not hear the next."""
