@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from shared.facts import SessionDirective, SessionGate, SessionStop
-from tests.integration.ender_kit import Supervisors, at, backlog, of, runs, supervisors, words
+from tests.integration.ender_kit import Replica, Supervisors, at, backlog, of, runs, supervisors, words
 
 __all__ = ["supervisors"]
 
@@ -355,6 +355,19 @@ async def test_what_a_workspace_allows_reaches_what_runs(supervisors: Supervisor
     assert (await supervisors.row())["due_at"] is None
     await supervisors.until(1e5)
     assert "q:1" not in {each.session_id for each in of(await supervisors.turn(), SessionDirective)}
+
+
+async def test_another_default_reaches_what_runs_when_a_replica_starts_with_it(supervisors: Supervisors) -> None:
+    """A session without a ceiling has no next moment: nobody would look at it again."""
+    await supervisors.allow(session_ceiling_s=0.0)
+    await supervisors.until(2)
+    await supervisors.see(backlog(runs("q:1")))
+    await supervisors.pool.execute("UPDATE workspaces SET settings = '{}'")
+    await supervisors.until(150)
+    assert await supervisors.turn() == []
+    assert (await supervisors.row())["due_at"] is None
+    supervisors.replicas.append(Replica(supervisors.settings, supervisors.pool))
+    assert words(await supervisors.turn(2)) == ["checkpoint ceiling"]
 
 
 async def test_a_directive_said_again_is_the_same_under_another_ids_fact(supervisors: Supervisors) -> None:
