@@ -293,6 +293,11 @@ WITH mine AS (
   ORDER BY session_id FOR NO KEY UPDATE)
 UPDATE sessions s SET due_at = least(s.due_at, now()) FROM mine WHERE s.session_id = mine.session_id
 
+-- name: look_at_sessions
+-- At the start of a replica: what is allowed where nothing else is said may have changed.
+WITH mine AS (SELECT session_id FROM sessions WHERE ended_at IS NULL ORDER BY session_id FOR NO KEY UPDATE)
+UPDATE sessions s SET due_at = least(s.due_at, now()) FROM mine WHERE s.session_id = mine.session_id
+
 -- name: read_activities
 SELECT * FROM activities ORDER BY workspace_id
 
