@@ -88,7 +88,8 @@ def judge(life: Life, seen: Observation, now: datetime, doubt: Doubt, *, exited:
         return Decision(Verdict.LEFT_ALONE, *alone, life)
     if seen.seen is Seen.UNKNOWN:
         return _blind(life, seen, now)
-    life = replace(life, blind_since=None, known=life.known or seen.container_id is not None)
+    if life.blind_since is not None or (not life.known and seen.container_id is not None):
+        life = replace(life, blind_since=None, known=life.known or seen.container_id is not None)
     if (wait := _waits(life, seen, now)) is not None:
         return Decision(Verdict.WAIT, *wait, life)
     if seen.seen is Seen.RUNNING:
@@ -140,7 +141,10 @@ def _blind(life: Life, seen: Observation, now: datetime) -> Decision:
 
 
 def _running(life: Life, seen: Observation, now: datetime, doubt: Doubt) -> Decision:
-    life = replace(unsuspected(life), container_id=seen.container_id, started_at=seen.started_at or life.started_at)
+    life = unsuspected(life)
+    runs = (seen.container_id, seen.started_at or life.started_at)
+    if (life.container_id, life.started_at) != runs:  # most looks find what was known: those copy nothing
+        life = replace(life, container_id=runs[0], started_at=runs[1])
     if life.status is Status.GAVE_UP:
         # Somebody else has started it.
         life = believed(life, Status.ONLINE, "")
