@@ -78,6 +78,9 @@ TABLE = [
     ("silent in the midst of work, not yet long", life(239, active=1), RUNNING, Verdict.ALIVE, Reason.RUNNING),
     ("silent in work that got on", life(240, active=1, progress_at=ago(9)), RUNNING, Verdict.ALIVE, Reason.RUNNING),
     ("silent and idle", life(240), RUNNING, Verdict.ALIVE, Reason.RUNNING),
+    ("silent because it boots", life(300, active=1, boot_until=ago(-1)), RUNNING, Verdict.ALIVE, Reason.RUNNING),
+    ("silent since it was started", life(400, active=1, restarted_at=ago(240)), RUNNING, Verdict.WEDGED, Reason.WEDGED),
+    ("started not long ago", life(400, active=1, restarted_at=ago(239)), RUNNING, Verdict.ALIVE, Reason.RUNNING),
     ("silent because it never beats", life(240, active=1, expects_beats=False), RUNNING, Verdict.ALIVE, Reason.RUNNING),
 ]  # fmt: skip
 

@@ -164,11 +164,13 @@ def _as_wedged(life: Life, words: str) -> Life:
 def _is_wedged(life: Life, now: datetime, doubt: Doubt) -> bool:
     if doubt.any or life.active == 0 or not life.expects_beats or life.heard_at is None:
         return False
+    if life.boot_until is not None and now < life.boot_until:
+        return False  # what it had in hand was another life's, and so was the silence
     return (now - _last_sign(life, doubt)).total_seconds() >= doubt.wedged_after_s
 
 
 def _last_sign(life: Life, doubt: Doubt) -> datetime:
-    signs = (life.heard_at, life.progress_at, life.started_at, doubt.listening_since)
+    signs = (life.heard_at, life.progress_at, life.started_at, life.restarted_at, doubt.listening_since)
     return max(sign for sign in signs if sign is not None)
 
 
