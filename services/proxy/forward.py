@@ -98,6 +98,19 @@ DIED = (
 )
 
 
+STOPPED = (
+    "Its session was told to stop ({reason}), and it ended without an answer. The agent may have done a part of it, "
+    "and nobody sends it again: look what is done before you do."
+)
+
+
+def as_stopped(ending: Ending, reason: str | None) -> Ending:
+    """What was told to stop for this reason and has no answer is not kept: it would be the same session once more."""
+    if reason is None or isinstance(ending, Passed) or ending.verdict.outcome is Outcome.NOT_DELIVERED:
+        return ending
+    return Broken(Verdict(Outcome.UNKNOWN, "session_stopped", STOPPED.format(reason=reason)))
+
+
 async def forward_within(
     bound: asyncio.Timeout, agents: Agents, outgoing: Outgoing, sink: LiveSink, *, task_known: TaskKnown | None = None
 ) -> Ending:

@@ -41,7 +41,7 @@ from services.proxy.decide import (
     admit,
     route,
 )
-from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, forward_within
+from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, as_stopped, forward_within
 from services.proxy.metrics import ATTACHED, FORWARDED, FORWARDS_RUNNING, STALE_COPY
 from services.proxy.settings import Settings
 from shared.a2a import Envelope, Verb
@@ -235,7 +235,7 @@ class A2A:
         FORWARDED[ending.verdict.outcome].inc()
         if ending.verdict.evidence is not None:
             self._evidence.tell(workspace, ending.verdict.evidence)
-        return ending
+        return as_stopped(ending, live.stop_reason)
 
     def _named(self, message: Message, live: LiveForward) -> TaskKnown:
         """A Task that the agent begins for this message is its caller's. One that the message named is whose it was."""
