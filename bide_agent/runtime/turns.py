@@ -64,6 +64,8 @@ class Turn:
     followers: int = 0
     was_left: bool = False
     """Somebody who waited for it has hung up."""
+    on_change: Callable[[], None] = lambda: None
+    """Called when somebody begins or ceases to wait for it."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -119,11 +121,13 @@ class Turn:
     def followed(self) -> Iterator[None]:
         """Wait for the turn, for the length of the block; one that ends before the turn has hung up."""
         self.followers += 1
+        self.on_change()
         try:
             yield
         finally:
             self.followers -= 1
             self.was_left = self.was_left or not self.ended.is_set()
+            self.on_change()
 
     async def more_than(self, said: int) -> None:
         """Come back when there are more than `said` chunks, or the turn has ended."""

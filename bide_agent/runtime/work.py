@@ -66,6 +66,7 @@ class Work:
         if running is not None:
             if session_id:
                 running.session_ids.add(session_id)
+            self.news.tell()
             log.info("attached queue_id=%s session=%s", queue_id, session_id)
             return running
         kept = self.store.answer(queue_id)
@@ -86,6 +87,7 @@ class Work:
             queue_id=queue_id,
             delivery=delivery,
             session_ids={session_id} if session_id else set(),
+            on_change=self.news.tell,
         )
         self._tasks[turn.task_id] = turn
         while len(self._tasks) > TASKS_REMEMBERED:
