@@ -17,6 +17,7 @@ from bide_agent.runtime.door import Door
 from bide_agent.runtime.options import Options
 from bide_agent.runtime.pulse import Pulse
 from bide_agent.runtime.replies import Replies
+from bide_agent.runtime.sdk import Executor, adapted
 from bide_agent.runtime.store import Store
 from bide_agent.runtime.told import card
 from bide_agent.runtime.words import Handler
@@ -91,8 +92,10 @@ class _Worker:
 
 
 @asynccontextmanager
-async def hosted(handle: Handler, **options: Any) -> AsyncIterator[Host]:
+async def hosted(handle: Handler | Executor, **options: Any) -> AsyncIterator[Host]:
     """Run an agent for the length of the block; `options` are those of `runtime.options.Options`.
+
+    `handle` is an async function of a message and a session, or an `AgentExecutor` of a2a-sdk.
 
     It serves at once and tells callers to come again until Bide knows it (`host.registered`). At the end it takes
     nothing new, asks running turns to end at their next checkpoint, cancels what still runs after `grace_s`, and gives
@@ -104,7 +107,7 @@ async def hosted(handle: Handler, **options: Any) -> AsyncIterator[Host]:
     settings = Options(**options)
     with listen(settings.port, settings.host) as listener, Store(settings.folder / "items.sqlite") as store:
         url = settings.url or f"http://{settings.host}:{listener.getsockname()[1]}"
-        work = Work(handle, settings, store)
+        work = Work(adapted(handle), settings, store)
         worker = _Worker(work)
         directives = Directives(worker)
         pulse = Pulse(work, directives, url)
@@ -117,7 +120,7 @@ async def hosted(handle: Handler, **options: Any) -> AsyncIterator[Host]:
                 await work.turns.close(settings.grace_s, settings.stop_grace_s)
 
 
-def serve(handle: Handler, **options: Any) -> None:
+def serve(handle: Handler | Executor, **options: Any) -> None:
     """Run an agent until SIGTERM or SIGINT; `options` as for `hosted`.
 
     Prints one JSON line when it serves, `{"workspace": …, "url": …, "boot_id": …}`, and speaks on stderr.
@@ -127,7 +130,7 @@ def serve(handle: Handler, **options: Any) -> None:
     asyncio.run(_serve(handle, options))
 
 
-async def _serve(handle: Handler, options: Mapping[str, Any]) -> None:
+async def _serve(handle: Handler | Executor, options: Mapping[str, Any]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -25,6 +25,7 @@ class Session:
         self._work = work
         self.id = turn.context_id
         self.workspace = work.workspace
+        self.task_id = turn.task_id
         self.queue_id = turn.queue_id
         self.delivery = turn.delivery
         """How often Bide has delivered this message, this time included; 0: straight from its caller."""
