@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bide_agent.check.program import NONE_CAME, Wanted
+from bide_agent.check.program import run as check
 from bide_agent.runner.command import Command, Limits, Saving
 from bide_agent.runner.group import adopt_orphans
 from bide_agent.runtime.host import serve
@@ -27,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bide-agent", description="Puts agents behind Bide.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     _add_run(verbs.add_parser("run", help="run any command as an agent: bide-agent run [options] -- command …"))
+    _add_check(verbs.add_parser("check", help="play Bide towards an agent: bide-agent check [URL] [-- command …]"))
     given = parser.parse_args(words)
-    return _run(parser, given, command)
+    return _run(parser, given, command) if given.verb == "run" else _check(given, command)
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -65,6 +68,26 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--exit", action="append", default=[], type=_exit, metavar="CODE=STATE",
         help=f"what an exit code means: {', '.join(STATES)}; 0 is completed, 75 is tried again, others are failed",
     )  # fmt: skip
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    default, say = Wanted(), parser.add_argument
+    say("url", nargs="?", help="where the agent is; without it, where it says that it is when it registers")
+    say("--port", type=int, default=default.port, help="of the registry that is started; 0: any free one")
+    say("--token", default="", help="what the agent registers with; without it one is made, and printed")
+    say("--text", default=default.text, help="a message on which it works for some seconds")
+    say("--register-s", type=float, default=default.register_s, help="how long to wait for the agent")
+
+
+def _check(given: argparse.Namespace, command: Sequence[str]) -> int:
+    wanted = Wanted(
+        url=given.url, command=command, port=given.port, token=given.token, text=given.text, register_s=given.register_s
+    )
+    try:
+        return check(wanted)
+    except OSError as error:
+        sys.stderr.write(f"bide-agent: {error}\n")
+        return NONE_CAME
 
 
 def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, command: Sequence[str]) -> int:
