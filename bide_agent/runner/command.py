@@ -40,6 +40,7 @@ class Saving:
     """How a command is asked to save and end; nothing set: it is not, and goes on until it is stopped."""
 
     signal: int | None = None
+    """Sent to the command alone, not to what it has started."""
     file: str | None = None
     """Relative to the working directory; it gets `{"reason": …, "deadline": …}`."""
     stdin: str | None = None
@@ -214,7 +215,7 @@ class _Run:
         if saving.stdin is not None:
             child.write(saving.stdin.encode() + b"\n", and_close=False)
         if saving.signal is not None:
-            child.signal(saving.signal)
+            child.ask(saving.signal)
 
     def _verdict(self, code: int) -> Answer:
         if self._asked is not None and code in {0, -(self._command.saving.signal or 0)}:

@@ -65,6 +65,12 @@ class Child(asyncio.SubprocessProtocol):
             if and_close:
                 pipe.write_eof()
 
+    def ask(self, number: int) -> None:
+        """Send a signal to the command itself: what it has started need not know it."""
+        if not self.exited.is_set():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
     def signal(self, number: int) -> None:
         """To the whole group."""
         with suppress(ProcessLookupError, PermissionError):

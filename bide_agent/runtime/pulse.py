@@ -7,6 +7,7 @@ been taking, is the lag that beats tell: as `loop_lag_s`, and over a second in `
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 import uuid
@@ -14,7 +15,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 from bide_agent.directives import Directives
-from bide_agent.heart import Heart
+from bide_agent.heart import RETRY_MAX_S, Heart
 from bide_agent.runtime import told
 from bide_agent.runtime.work import Work
 from bide_agent.tokens import Tokens
@@ -24,6 +25,8 @@ LAG_TOLD_S = 1.0
 """A lag over this is a state worth a sentence."""
 END_S = 10.0
 """A beat in the middle of its request is waited for so long when the agent ends."""
+
+log = logging.getLogger("bide_agent")
 
 
 class Pulse:
@@ -133,9 +136,18 @@ class Pulse:
         self._runs.set()
         listening = asyncio.create_task(self._listen())
         try:
-            await self._heart.run()
+            await self._go_on(self._heart)
         finally:
             listening.cancel()
+
+    async def _go_on(self, heart: Heart) -> None:
+        """Beat for ever: what nobody has thought of, as a full disk under the token, costs a pause."""
+        while True:
+            try:
+                await heart.run()
+            except Exception:
+                log.exception("heart_stumbled workspace=%s", self.workspace)
+                await asyncio.sleep(RETRY_MAX_S)
 
     async def _listen(self) -> None:
         while True:

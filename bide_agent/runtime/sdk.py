@@ -41,7 +41,7 @@ def adapted(given: Handler | Executor) -> Handler:
     """
     if not (hasattr(given, "execute") and hasattr(given, "cancel")):
         return given
-    dialect = Dialect.V10 if hasattr(importlib.import_module("a2a.types"), "SendMessageRequest") else Dialect.V03
+    dialect = Dialect.V03 if hasattr(importlib.import_module("a2a.types"), "MessageSendParams") else Dialect.V10
     sdk = _Sdk(dialect)
     executor = given
 

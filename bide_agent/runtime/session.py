@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,6 @@ class Session:
         """Tell that work advances: heartbeats carry a number that grows with this. Any thread may."""
         self._work.advance(steps)
 
-    def stop_with(self, stop: Any) -> None:
+    def stop_with(self, stop: Callable[[], None]) -> None:
         """Have `stop()` called, should the handler outlive its cancelation: for what it started and must not leave."""
         self._turn.leftovers.append(stop)

@@ -41,13 +41,18 @@ class Store:
     """Two small tables by `X-Queue-Id`. May be used from any thread."""
 
     def __init__(self, path: Path | None, *, remembered: int = REMEMBERED, bytes_max: int = BYTES_MAX) -> None:
+        """Open it. Raises `OSError`: it cannot be, or is no file of ours."""
         self._limits = (remembered, bytes_max)
         self._lock = threading.Lock()
         if path is not None:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # answers are for their owner's eyes
         self._db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
-        self._db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {_SCHEMA}")
+        try:
+            self._db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {_SCHEMA}")
+        except sqlite3.Error as error:
+            self._db.close()
+            raise OSError(f"{path}: {error}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -56,14 +61,16 @@ class Store:
         with self._lock:
             self._db.close()
 
-    def keep_answer(self, queue_id: str, task_id: str, said: dict[str, Any]) -> None:
-        """Remember the last word on an item; what was saved of it is forgotten."""
+    def keep_answer(self, queue_id: str, task_id: str, said: dict[str, Any]) -> bool:
+        """Remember the last word on an item, and forget what was saved of it; false: it could not be."""
         try:
             self._put("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", queue_id, task_id, json.dumps(said))
             self._trim("answers")
             self.forget(queue_id)
         except sqlite3.Error as error:
             log.warning("answer_not_kept queue_id=%s error=%r", queue_id, str(error))
+            return False
+        return True
 
     def answer(self, queue_id: str) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self._one("SELECT said FROM answers WHERE queue_id = ?", queue_id)
@@ -99,8 +106,12 @@ class Store:
             self._db.execute(statement, (*values, time.time()))
 
     def _one(self, statement: str, key: str) -> Any:
-        with self._lock:
-            row = self._db.execute(statement, (key,)).fetchone()
+        try:
+            with self._lock:
+                row = self._db.execute(statement, (key,)).fetchone()
+        except sqlite3.Error as error:
+            log.warning("store_unreadable error=%r", str(error))
+            return None
         return None if row is None else json.loads(row[0])
 
     def _trim(self, table: str) -> None:

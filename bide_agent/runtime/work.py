@@ -27,7 +27,8 @@ from bide_agent.runtime.words import Answer, Asked, Checkpoint, Failed, Handler,
 from bide_agent.shapes import EXTENSION
 from bide_agent.tasks import TaskState
 
-TASKS_REMEMBERED = 1000
+TASKS_REMEMBERED = 100
+"""Tasks that have ended and whose answers the store does not keep: failed, canceled, or not through Bide."""
 _OF_ITEM = uuid.UUID("6f9b5d58-2f4b-4a53-8a7b-0d7c6c1f2a61")
 """Names the contextIds that are made for messages without one: the same item, the same conversation."""
 
@@ -48,6 +49,7 @@ class Work:
         self._handle = handle
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[str, Turn] = {}
+        self._past: dict[str, Turn] = {}
         self._progress = 0.0
 
     @property
@@ -73,7 +75,7 @@ class Work:
         return None if kept is None else told.again(kept)
 
     def task(self, task_id: str) -> Turn | None:
-        known = self._tasks.get(task_id)
+        known = self._tasks.get(task_id) or self._past.get(task_id)
         if known is not None:
             return known
         kept = self.store.answer_of_task(task_id)
@@ -90,8 +92,6 @@ class Work:
             on_change=self.news.tell,
         )
         self._tasks[turn.task_id] = turn
-        while len(self._tasks) > TASKS_REMEMBERED:
-            del self._tasks[next(iter(self._tasks))]
         held = ExitStack()
         held.enter_context(self.turns.slot(turn))  # now, not when the task first runs: the next message may be here
         turn.task = asyncio.create_task(self._run(turn, call), name=f"turn {queue_id or turn.task_id}")
@@ -118,15 +118,24 @@ class Work:
 
     def _ended(self, turn: Turn, held: ExitStack, task: asyncio.Task[None]) -> None:
         """Free the slot, however the task ended: one that is canceled before it began runs no line of its own."""
+        is_kept = False
         with held:
             if turn.ending is None and not task.cancelled():
                 turn.end(Ending.BROKEN, TaskState.FAILED, note=f"The agent failed: {type(task.exception()).__name__}.")
             elif turn.ending is None:
                 _end_canceled(turn)
             elif turn.queue_id and turn.ending.is_kept:
-                self.store.keep_answer(turn.queue_id, turn.task_id, told.kept(turn))
+                is_kept = self.store.keep_answer(turn.queue_id, turn.task_id, told.kept(turn))
+        self._remember(turn, is_kept=is_kept)
         ending = turn.ending.value if turn.ending else None
         log.info("turn_ended queue_id=%s ending=%s state=%s", turn.queue_id, ending, turn.state.value)
+
+    def _remember(self, turn: Turn, *, is_kept: bool) -> None:
+        del self._tasks[turn.task_id]
+        if not is_kept:
+            self._past[turn.task_id] = turn
+            while len(self._past) > TASKS_REMEMBERED:
+                del self._past[next(iter(self._past))]
 
     async def _answered(self, turn: Turn, call: Call) -> Answer:
         given: Any = self._handle(message_of(call), Session(turn, self))

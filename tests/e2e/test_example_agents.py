@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -113,3 +114,25 @@ async def test_the_readme_agent_is_fifteen_lines_and_runs(ring: Ready, lead: Cal
             return reply.status == 200 and "HELLO" in reply.body.decode()
 
         await until(answers)
+
+
+@pytest.mark.parametrize("version", ["0.3", "1.0"])
+async def test_an_executor_of_either_sdk_is_a_handler(version: str) -> None:
+    """Messages, artifacts, questions, failures, exceptions, a stop: as the SDK's own server would tell them."""
+    trial = ROOT / "tests/e2e/sdk_trial.py"
+    process = await asyncio.create_subprocess_exec(
+        str(sdk_python(version)), str(trial), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    said = json.loads(out)
+    print(f"a2a-sdk {version}: {said}")
+    assert said == {
+        "message": ["completed", "a message"],
+        "fail": ["failed", "no such file"],
+        "raise": [-32603, "The agent failed: ValueError."],
+        "ask": ["input-required", "which one?"],
+        "work": ["completed", "one two"],
+        "stay": ["canceled", "one "],
+        "canceled": [True, 0],
+    }

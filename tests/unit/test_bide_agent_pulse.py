@@ -13,6 +13,7 @@ import pytest
 
 from bide_agent import Message, Session
 from bide_agent.runtime.pulse import Lag
+from bide_agent.tokens import Tokens
 from tests.unit.runtime_kit import SESSION, Steps, behind, fake_bide, send, task_of, text_of
 from tests.unit.test_bide_agent_heart import FakeBide, serving
 
@@ -181,3 +182,24 @@ async def test_a_lag_is_the_longer_of_the_last_echo_and_the_one_that_is_out() ->
     lag.ask()
     await asyncio.sleep(0)
     assert lag.seconds < 0.05
+
+
+async def test_a_heart_that_stumbles_over_its_own_disk_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has thought of costs a pause: a thread that died would leave an agent that only looks alive."""
+    monkeypatch.setattr("bide_agent.runtime.pulse.RETRY_MAX_S", 0.01)
+
+    async def handle(_message: Message, _session: Session) -> str:
+        return "done"
+
+    full = [OSError("No space left on device")]
+    keep = Tokens.keep
+
+    def keeps(tokens: Tokens, own: str) -> None:
+        if full:
+            raise full.pop()
+        keep(tokens, own)
+
+    monkeypatch.setattr(Tokens, "keep", keeps)
+    async with fake_bide(issues=["own-1", "own-1"]) as bide, behind(bide, handle, tmp_path) as host:
+        assert host.registered
+        assert len(bide.registrations) == 2

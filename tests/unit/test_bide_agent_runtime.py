@@ -534,3 +534,19 @@ async def test_registration_declares_all_and_beats_tell_all(tmp_path: Path) -> N
         assert {beat.token for beat in bide.beats} == {"own-1"}
         assert len({tuple(beat.body) for beat in bide.beats}) == 1
         assert bide.beats[-1].body["progress"] >= 5
+
+
+async def test_tasks_whose_answers_are_kept_on_disk_are_not_kept_in_memory_too(tmp_path: Path) -> None:
+    async with alone(echo, tmp_path) as host:
+        task = task_of(await send(host, queue_id="q-1"))
+        other = task_of(await send(host))
+        assert (list(host._work._tasks), list(host._work._past)) == ([], [other["id"]])
+        for one in (task, other):
+            assert (await ask(host, "tasks/get", one["id"]))["result"] == one
+
+
+def test_a_state_file_that_is_none_of_ours_is_said(tmp_path: Path) -> None:
+    (tmp_path / "items.sqlite").write_text("my own notes, and long enough not to be a header" * 10)
+    with pytest.raises(OSError, match="not a database"):
+        Store(tmp_path / "items.sqlite")
+    assert (tmp_path / "items.sqlite").read_text().startswith("my own notes")
