@@ -20,7 +20,7 @@ TURN_MAX_S = 300.0
 LONG_ENOUGH_S = 1.0
 """A turn shorter than this shows nothing of what happens during one."""
 PROMPT_S = 2.0
-"""Within this a refusal comes, and a kept answer."""
+"""Within this a refusal comes, and a beat after what it tells of."""
 METHODS = {
     (Dialect.V03, "send"): "message/send",
     (Dialect.V03, "stream"): "message/stream",

@@ -19,11 +19,17 @@ from bide_agent.server import listen
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "enrol"
-TURN_S = 1.2
+TURN_S = 0.8
+
+
+@pytest.fixture(autouse=True)
+def shorter_turns_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in ("turns", "orders"):
+        monkeypatch.setattr(f"bide_agent.check.{room}.LONG_ENOUGH_S", 0.5)
 
 
 async def careful(message: Message, session: Session) -> str:
-    """A turn of a little more than a second, with a tool boundary every few hundredths."""
+    """A turn of less than a second, with a tool boundary every few hundredths."""
     loop = asyncio.get_running_loop()
     until = loop.time() + TURN_S
     while loop.time() < until:

@@ -90,6 +90,7 @@ async def test_a_stream_of_a_message_that_has_its_answer_is_that_answer(tmp_path
 
 
 async def test_a_busy_agent_says_so_and_a_redelivery_of_what_runs_is_not_refused(tmp_path: Path) -> None:
+    """A-A-06: a second message is no hint to the turn that runs, and gets no answer that is none."""
     steps = Steps()
 
     async def handle(_message: Message, _session: Session) -> str:
@@ -113,6 +114,7 @@ async def test_a_busy_agent_says_so_and_a_redelivery_of_what_runs_is_not_refused
 
 
 async def test_what_failed_runs_again(tmp_path: Path) -> None:
+    """A-A-04: one bad message is logged and answered, and the next one finds the agent as it was."""
     runs = 0
 
     async def handle(_message: Message, _session: Session) -> str:
@@ -296,7 +298,10 @@ async def test_a_real_answer_after_a_stop_is_an_answer(tmp_path: Path) -> None:
 
 
 async def test_a_caller_that_hangs_up_ends_no_turn_and_the_next_delivery_finds_it(tmp_path: Path) -> None:
-    """A-P-05: the owner of a delivery died; its message comes again under another session's id."""
+    """A-A-05, A-P-05: nothing is done before its answer is out.
+
+    The owner of a delivery died; its message comes again under another session's id.
+    """
     steps = Steps()
 
     async def handle(_message: Message, _session: Session) -> str:
