@@ -26,12 +26,12 @@ class Folders:
             os.utime(folder)
         else:
             folder.mkdir(mode=0o700, parents=True)
-            self._trim()
+            self._trim(folder.name)
         return folder
 
-    def _trim(self) -> None:
-        busy = {_name(context_id) for context_id in self._in_use()}
-        oldest_first = sorted(self._root.iterdir(), key=lambda folder: folder.stat().st_mtime)
+    def _trim(self, newest: str) -> None:
+        busy = {newest, *(_name(context_id) for context_id in self._in_use())}
+        oldest_first = sorted(self._root.iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
         for folder in oldest_first[: -self._kept]:
             if folder.name not in busy:
                 shutil.rmtree(folder, ignore_errors=True)

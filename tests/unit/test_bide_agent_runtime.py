@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -504,7 +505,10 @@ def test_what_is_remembered_of_items_is_bounded(tmp_path: Path) -> None:
 
 async def test_folders_beyond_a_number_are_removed_but_never_one_in_use(tmp_path: Path) -> None:
     folders = Folders(tmp_path, lambda: ["c-0"], kept=2)
-    made = [folders.of(f"c-{number}") for number in range(4)]
+    made = []
+    for number in range(4):
+        made.append(folders.of(f"c-{number}"))
+        os.utime(made[-1], (number, number))
     assert [folder.exists() for folder in made] == [True, False, True, True]
 
 
