@@ -10,7 +10,7 @@ CHAOS := -n 4 --dist worksteal
 STEP = @sh -c 'b=$$(date +%s); "$$@"; r=$$?; echo "$$0  $$(( $$(date +%s) - b )) s" >&2; exit $$r'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos test-chaos-long bench bench-peers bench-large bench-smoke lint types format scenarios lock fresh
+.PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos test-chaos-long bench bench-peers bench-large bench-fleet bench-smoke lint types format scenarios lock fresh
 
 help: ## What there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -25,7 +25,7 @@ setup: .venv/installed ## The virtual environment, pinned by hash
 run: setup ## The whole stack on this machine: real Postgres, real RabbitMQ, the four services; Ctrl-C stops it
 	@$(PY) -m deploy.local up $(ARGS)
 
-demo: setup ## A lead delegates to busy workers, with Bide and without: what is kept, what is lost
+demo: setup ## Three stories: busy workers, a session without end, a death that is none and one that is
 	@$(PY) -m deploy.demo
 
 down: setup ## End what a crashed `make run` left behind
@@ -59,8 +59,12 @@ bench-peers: setup ## The same with nginx, procrastinate, pgqueuer, celery, dram
 bench-large: setup ## The claim among ten million waiting items (8 GB of disk)
 	@$(PY) -m tests.bench --large $(ARGS) claim
 
+bench-fleet: setup ## Who is declared dead in a fleet's day, by four rules in the same world: false restarts, detection, outages
+	@$(PY) -m tests.bench.fleet $(ARGS)
+
 bench-smoke: setup ## One short round of every figure: whether it runs, not how fast
 	$(STEP) "benchmarks, one short round" $(PY) -m tests.bench --smoke $(ARGS)
+	$(STEP) "fleet benchmark, one hour" $(PY) -m tests.bench.fleet --smoke
 
 lint: setup ## Ruff with every rule that is not refused in pyproject.toml
 	$(STEP) "lint" $(PY) -m ruff check .
@@ -77,7 +81,7 @@ scenarios: setup ## Ids of docs/scenarios.md that no test names
 
 lock: setup ## Resolve requirements.lock anew
 	@.venv/bin/pip -qq install uv
-	@.venv/bin/uv pip compile pyproject.toml --extra dev --universal --generate-hashes --upgrade --quiet -o requirements.lock
+	@.venv/bin/uv pip compile pyproject.toml --extra dev --extra docker --universal --generate-hashes --upgrade --quiet -o requirements.lock
 
 fresh: ## Try `make run` and `make test` in a new Debian, as root and as a user (root, debootstrap; SUITE=trixie)
 	@deploy/debian/fresh.sh $(SUITE)

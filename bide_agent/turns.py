@@ -16,6 +16,8 @@ from bide_agent.decide import gives_back
 
 FOREIGN = "foreign:"
 """How the id of a session begins that Bide opened for work which none of its messages explains."""
+RESTART = "restart:"
+"""How the id of a directive's session begins that means all that runs: the agent is about to be restarted."""
 
 
 class Ending(Enum):
@@ -129,9 +131,11 @@ class Turns:
         return [turn.session_id for turn in running if turn.session_id is not None]
 
     def of(self, session_id: str) -> list[Turn]:
-        """What runs in a session; in a foreign one, all of the agent's own work."""
+        """What runs in a session; in a foreign one, all of the agent's own work; in a restart, everything."""
         if session_id.startswith(FOREIGN):
             return [*self._foreign]
+        if session_id.startswith(RESTART):
+            return [*self._running, *self._foreign]
         return [turn for turn in self._running if turn.session_id == session_id]
 
     @contextmanager

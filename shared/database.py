@@ -78,6 +78,21 @@ def _classify_state(sqlstate: str) -> Trouble | None:
     return None
 
 
+_WORDS_MAX = 300
+_ARGUMENT = "invalid input for query argument"
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says, without the data that it met: that may be somebody's prompt, and this goes into logs.
+
+    Postgres shows the row behind the first line (DETAIL), asyncpg the argument behind its number.
+    """
+    said = str(error).partition("\n")[0]
+    if said.startswith(_ARGUMENT):
+        said = said.partition(": ")[0]
+    return f"{type(error).__name__}: {said}"[:_WORDS_MAX]
+
+
 def backoff_s(attempt: int) -> float:
     """Half to all of 0.1 s doubling to 5 s; `attempt` counts from 0."""
     longest = min(_BACKOFF_CAP_S, float(_BACKOFF_BASE_S * 2 ** min(attempt, 10)))

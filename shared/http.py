@@ -33,7 +33,8 @@ def health_app(health: Health) -> App:
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
         match scope["path"]:
             case "/livez":
-                await respond(send, 200, {"status": "alive"})
+                stuck = health.stuck()
+                await respond(send, 503 if stuck else 200, {"status": "stuck" if stuck else "alive", **stuck})
             case "/readyz":
                 ready, report = await health.check()
                 await respond(send, 200 if ready else 503, {"status": "ready" if ready else "not ready", **report})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.batches import decode_batch, encode, split
-from shared.database import Connection, Pool, Trouble, backoff_s, classify, load_queries, transact
+from shared.database import Connection, Pool, Trouble, backoff_s, classify, in_words, load_queries, transact
 from shared.facts import Fact, FactT
 from shared.inbox import Inbox
 from shared.telemetry import DEAD_LETTERS, FACTS_READ, INFRASTRUCTURE_WAITS, log
@@ -82,7 +82,7 @@ class Batch:
                     written = await transact(self._pool, work)
             except Exception as error:  # noqa: BLE001 - classify says what it means, and nothing is swallowed
                 infrastructure = classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT)
-                words = f"{type(error).__name__}: {error}"[:300]
+                words = in_words(error)
                 if not infrastructure:
                     self._inbox.distrust()
                 if not infrastructure and work == self._whole:
@@ -128,7 +128,7 @@ class Batch:
                 if trouble in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                     raise
                 reason = "unstorable" if trouble is Trouble.DATA else "handler_error"
-                await self._set_aside(connection, written, self._raw(fact), reason, f"{type(error).__name__}: {error}")
+                await self._set_aside(connection, written, self._raw(fact), reason, in_words(error))
                 continue
             written.applied += 1
             if tell:

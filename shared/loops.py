@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from prometheus_client import Counter, Gauge
 
-from shared.database import Trouble, backoff_s, classify
+from shared.database import Trouble, backoff_s, classify, in_words
 from shared.telemetry import log
 
 LAST_TURN = Gauge("bide_loop_last_turn_timestamp_seconds", "When the loop last came through a turn", ["loop"])
@@ -22,6 +23,10 @@ FAILED_TURNS = Counter("bide_loop_failed_turns_total", "Turns that raised", ["lo
 
 _LAST_TURN_S = 5.0
 _CANCEL_S = 1.0
+
+
+class LoopSilent(Exception):  # noqa: N818 - a state, for /readyz
+    """The loop has not come through a turn for longer than it may sleep."""
 
 
 class Loop:
@@ -33,6 +38,7 @@ class Loop:
         self._woken = asyncio.Event()
         self._failures = 0
         self._stopped = False
+        self._turned_at = self._ended_at = time.monotonic()
         FAILED_TURNS.labels(name)
 
     def wake(self) -> None:
@@ -44,10 +50,22 @@ class Loop:
         self._stopped = True
         self._woken.set()
 
+    def age_s(self) -> float:
+        """For /livez: how long ago its last turn ended, well or not. What only waits for its servers still turns."""
+        return time.monotonic() - self._ended_at
+
+    async def probe(self, within_s: float) -> None:
+        """For /readyz: raise LoopSilent when no turn has come through within so long, whatever it waits for."""
+        silent_s = time.monotonic() - self._turned_at
+        if silent_s > within_s:
+            raise LoopSilent(f"no turn has come through for {silent_s:.1f} s")
+
     async def run(self) -> None:
+        self._turned_at = self._ended_at = time.monotonic()
         while not self._stopped:
             self._woken.clear()
             delay_s = await self._turn()
+            self._ended_at = time.monotonic()
             if self._stopped:
                 return
             with contextlib.suppress(TimeoutError):
@@ -62,11 +80,12 @@ class Loop:
             delay_s = backoff_s(self._failures)
             self._failures += 1
             if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
-                log.warning("loop_waits", loop=self.name, error=f"{type(error).__name__}: {error}"[:300])
+                log.warning("loop_waits", loop=self.name, error=in_words(error))
             else:
                 log.exception("loop_failed", loop=self.name)
             return delay_s
         self._failures = 0
+        self._turned_at = time.monotonic()
         LAST_TURN.labels(self.name).set_to_current_time()
         return delay_s
 

@@ -67,8 +67,9 @@ class Relay:
         # runs out, so that it does not stand in the way of what comes behind it.
         known = sorted((row["id"], row["fact_type"], row["fact"]) for row in rows if row["fact_type"] in _KINDS)
         sent = [(row_id, self._publisher.post_encoded(_KINDS[kind], fact)) for row_id, kind, fact in known]
+        if sent:
+            await asyncio.wait([done for _, done in sent])
         for row_id, done in sent:
-            await asyncio.wait([done])
             (failed if done.exception() else confirmed).append(row_id)
         if confirmed:
             await self._pool.execute(_SQL["delete_outbox"], confirmed)

@@ -20,7 +20,10 @@ from uuid_utils.compat import uuid7
 SERVICES = ("proxy", "queue", "scheduler", "liveness")
 
 # Read by the tests and by the local stack, never by a service.
-_FOREIGN = ("BIDE_TEST_", "BIDE_LOCAL_")
+_FOREIGN = ("BIDE_TEST_", "BIDE_LOCAL_", "BIDE_NO_DOCKERD")
+
+TURN_SLACK_S = 60.0
+"""What a turn may outlast its ceiling and both graces by: whoever ends it looks only now and then."""
 
 SettingsT = TypeVar("SettingsT", bound="SharedSettings")
 
@@ -61,8 +64,14 @@ class SharedSettings(BaseModel):
     delivery_secret: SecretStr | None = None
     """What the token that we show to an agent is derived from. Read by whoever talks to agents: proxy and queue."""
     session_ceiling_s: float = Field(default=1800.0, ge=0)
-    """How long a session may last where neither its workspace nor its schedule says otherwise; 0: for ever. Read by the
-    scheduler, which ends it, and by the queue, which does not wait for its answer for ever."""
+    """How long a session may last where neither its workspace nor its schedule says otherwise; 0: for ever. This and
+    the two graces are read by the scheduler, which ends it, and by queue and proxy, which do not wait for its answer
+    for ever."""
+    checkpoint_grace_s: float = Field(default=120.0, ge=0)
+    """What a session has for saving and ending its turn once it was asked to, at its ceiling; its workspace's first."""
+    stop_grace_s: float = Field(default=30.0, ge=0)
+    """What it has for ending after its cancel, before its container may be ended, and what a turn has to come to an end
+    after its agent was declared dead; its workspace's first."""
     allow_loopback: bool = False
     """Whether an agent's URL may point to this very machine. The local stack sets it; a real one must not."""
     replica_id: str = Field(default_factory=lambda: f"{socket.gethostname()[:40]}-{uuid7().hex[-12:]}")

@@ -2,7 +2,7 @@
 
 Log events are constant snake_case words with facts as keys; never a prompt, a body or a token. Instruments live in each
 service's `metrics.py`; here are only the ones of the shared machinery. `/livez` touches no dependency, so that a broker
-outage restarts nobody; `/readyz` makes a real round trip to each.
+outage restarts nobody, and is 503 where a loop hangs; `/readyz` makes a real round trip to each.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class Health:
 
     def __init__(self) -> None:
         self._probes: dict[str, Probe] = {}
+        self._pulses: dict[str, tuple[Callable[[], float], float]] = {}
         self._started = False
         self._lock = asyncio.Lock()
         self._at = float("-inf")
@@ -122,6 +123,15 @@ class Health:
 
     def add(self, name: str, probe: Probe) -> None:
         self._probes[name] = probe
+
+    def add_pulse(self, name: str, age_s: Callable[[], float], *, limit_s: float) -> None:
+        """Call the process dead when this is older than that: only a restart helps against a loop that hangs."""
+        self._pulses[name] = (age_s, limit_s)
+
+    def stuck(self) -> dict[str, str]:
+        """Whatever has stood still for too long, with a sentence; it asks nobody."""
+        ages = {name: (age_s(), limit_s) for name, (age_s, limit_s) in self._pulses.items()}
+        return {name: f"stands still for {age_s:.0f} s" for name, (age_s, limit_s) in ages.items() if age_s > limit_s}
 
     def started(self) -> None:
         """Say that the service has migrated, declared its topology and begun to read."""

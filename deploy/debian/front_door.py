@@ -67,6 +67,7 @@ def _run(user: str, folder: Path, *command: str) -> None:
 def _start(user: str, folder: Path, *command: str, stdout: int | None = None) -> subprocess.Popen[str]:
     home = pwd.getpwnam(user).pw_dir
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("BIDE_", "XDG_"))}
+    environ["BIDE_NO_DOCKERD"] = "1"  # This folder has no cgroups, and one of the users is not root.
     return subprocess.Popen(
         command,
         cwd=folder,

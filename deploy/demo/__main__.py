@@ -14,23 +14,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.demo import ceiling, storm
+from deploy.demo import ceiling, life, storm
+from deploy.demo.plane import SECRET
 
-QUICK = {"BIDE_QUEUE_SNAPSHOT_S": "1", "BIDE_SCHEDULER_SESSION_NOTE_S": "0.2"}
+QUICK = {
+    "BIDE_QUEUE_SNAPSHOT_S": "1",
+    "BIDE_SCHEDULER_SESSION_NOTE_S": "0.2",
+    "BIDE_LIVENESS_WEBHOOK_SECRET": SECRET,
+    "BIDE_LIVENESS_SWEEP_S": "1",
+    "BIDE_LIVENESS_BACKOFF_S": "1",
+}
 """Seconds stand for minutes here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Where the demo's proxy is, and the token that may do everything."""
+    """Where the demo's proxy is, the token that may do everything, and the folder with the file of agents."""
 
     proxy: str
     admin_token: str
+    data_dir: Path
 
 
 def main() -> int:
     with stack() as running:
         held = [asyncio.run(story.tell(running.proxy, running.admin_token)) for story in (storm, ceiling)]
+        held.append(asyncio.run(life.tell(running.proxy, running.admin_token, running.data_dir)))
     return 0 if all(held) else 1
 
 
@@ -47,7 +56,7 @@ def stack() -> Iterator[Stack]:
             if not line:
                 sys.exit(process.wait() or 1)  # it has said why
             ready = json.loads(line)
-            yield Stack(ready["proxy"], ready["admin_token"])
+            yield Stack(ready["proxy"], ready["admin_token"], Path(data_dir))
         finally:
             process.send_signal(signal.SIGINT)
             process.wait()

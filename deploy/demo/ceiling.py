@@ -7,7 +7,6 @@ session is asked to save at its ceiling, and what runs then is the newest prompt
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 
 from bide_agent import Options, running
 from bide_agent.agent import Agent
+from deploy.demo.operator import Operator
 from shared.addresses import AddressRules
 from shared.agents import AgentError, Agents
 
@@ -22,28 +22,7 @@ PERIOD_S = 2
 CEILING_S = 12.0
 LIMIT_S = 40.0
 _GLANCE_S = 2.0
-_ANSWER_MAX = 1 << 20
 _AGENT = "researcher"
-
-
-class _Bide:
-    """Somebody who talks to the proxy."""
-
-    def __init__(self, client: Agents, proxy: str, admin_token: str) -> None:
-        self._client = client
-        self._proxy = proxy
-        self._headers = [
-            (b"authorization", f"Bearer {admin_token}".encode()),
-            (b"x-workspace-id", b"operator"),
-            (b"content-type", b"application/json"),
-        ]
-
-    async def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        raw = json.dumps(body).encode() if body is not None else b""
-        url = f"{self._proxy}{path}"
-        async with await self._client.send(url, raw, self._headers, method=method) as exchange:
-            found: dict[str, Any] = json.loads(await exchange.read(_ANSWER_MAX))
-            return found
 
 
 async def tell(proxy: str, admin_token: str) -> bool:
@@ -51,7 +30,7 @@ async def tell(proxy: str, admin_token: str) -> bool:
     print(f"\nA schedule fires every {PERIOD_S} s. Its agent has begun a session that would last for hours; its "
           f"ceiling is {CEILING_S:g} s.\n")  # fmt: skip
     client = Agents(AddressRules(allow_loopback=True))
-    bide = _Bide(client, proxy, admin_token)
+    bide = Operator(client, proxy, admin_token)
     try:
         async with running(
             Options(workspace=_AGENT, bide=proxy, token=admin_token, work_s=3600.0, heartbeat_s=1.0)
@@ -60,7 +39,7 @@ async def tell(proxy: str, admin_token: str) -> bool:
             await bide.call(
                 "PATCH", f"/workspaces/{_AGENT}", {"session_ceiling_s": CEILING_S, "checkpoint_grace_s": 10}
             )
-            session = asyncio.create_task(_begin(bide))
+            session = asyncio.create_task(bide.send(_AGENT, "the-long-one", "find out everything"))
             await agent.until(lambda: agent.active == 1)
             agent.behave(work_s=0.3)  # the turns after this one
             held = await _watch(bide, agent)
@@ -71,13 +50,7 @@ async def tell(proxy: str, admin_token: str) -> bool:
     return held
 
 
-async def _begin(bide: _Bide) -> None:
-    message = {"role": "user", "messageId": "the-long-one", "parts": [{"kind": "text", "text": "find out everything"}]}
-    request = {"jsonrpc": "2.0", "id": 1, "method": "message/send", "params": {"message": message}}
-    await bide.call("POST", f"/workspaces/{_AGENT}/a2a", request)
-
-
-async def _watch(bide: _Bide, agent: Agent) -> bool:
+async def _watch(bide: Operator, agent: Agent) -> bool:
     """Print what an operator sees, until a tick has run."""
     plan = {"name": "half-hourly", "every_s": PERIOD_S, "prompt": "the old prompt"}
     made = await bide.call("POST", f"/workspaces/{_AGENT}/schedules", plan)

@@ -20,6 +20,7 @@ from deploy.local.ports import Ports
 from deploy.local.process import Command
 from deploy.local.roles import SERVICES, service_url
 from deploy.local.servers import Servers
+from deploy.local.teardown import AGENTS
 
 REPOSITORY = Path(__file__).parents[2]
 FIRST_PROXY_PORT = 20_080
@@ -103,13 +104,23 @@ def plan(
         command = Command(
             name=name,
             argv=argv_of(service),
-            env=service_env(service, environ, tokens) | here,
+            env=_agents_of(service, ledger.data_dir) | service_env(service, environ, tokens) | here,
             cwd=REPOSITORY,
             log=ledger.data_dir / "log" / f"{name}.log",
             stop_limit_s=STOP_LIMIT_S,
         )
         planned.append(Replica(service, command, port))
     return planned
+
+
+def _agents_of(service: str, data_dir: Path) -> dict[str, str]:
+    """Return where liveness finds the operator's agents and remembers them, unless the caller says otherwise."""
+    if service != "liveness":
+        return {}
+    return {
+        "BIDE_LIVENESS_AGENTS_FILE": str(data_dir / "agents.toml"),
+        "BIDE_LIVENESS_AGENTS_FOLDER": str(data_dir / AGENTS),
+    }
 
 
 def service_env(service: str, environ: Mapping[str, str], tokens: Mapping[str, str]) -> dict[str, str]:

@@ -5,6 +5,8 @@ Ends what the record names, in the order it names, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -14,8 +16,11 @@ from pathlib import Path
 
 from deploy.local.errors import StackError
 from deploy.local.ledger import Ledger, in_stop_order, read_record
-from shared.processes import end, is_alive, kill, send, wait_gone
+from shared.processes import Mark, end, is_alive, kill, send, wait_gone
 
+AGENTS = "agents"
+"""Folder of the process driver in the data folder."""
+AGENTS_LIMIT_S = 10.0
 SUPERVISOR_LIMIT_S = 90.0
 """How long `down` waits for a living supervisor: services 30 s, RabbitMQ 15 s, PostgreSQL 15 s, and room."""
 
@@ -39,12 +44,29 @@ def end_all(ledger: Ledger, report: Callable[[str], None], *, verb: str = "stopp
         remove(container)
         ledger.strike_container(container)
         report(f"removed container {container.name}")
+    if agents := _agents(ledger.data_dir):
+        found = True
+        end(dict.fromkeys(agents, signal.SIGTERM), limit_s=AGENTS_LIMIT_S)
+        report(f"{verb} {len(agents)} agents that liveness had started")
     return found
+
+
+def _agents(data_dir: Path) -> list[Mark]:
+    """What liveness started on this folder and that still runs: agents outlive it, but not their stack."""
+    machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    marks = []
+    for path in sorted((data_dir / AGENTS).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            said = json.loads(path.read_text(encoding="utf-8"))
+            mark = Mark(int(said["pid"]), int(said["start_ticks"]))
+            if said["machine"] == machine and is_alive(mark):
+                marks.append(mark)
+    return marks
 
 
 def kill_all(ledger: Ledger) -> None:
     """SIGKILL everything at once."""
-    kill([entry.mark for entry in ledger.entries()])
+    kill([*(entry.mark for entry in ledger.entries()), *_agents(ledger.data_dir)])
 
 
 def down(data_dir: Path, report: Callable[[str], None]) -> None:

@@ -6,13 +6,16 @@ import asyncio
 import sys
 from pathlib import Path
 
+from services.liveness.answers import Answers
 from services.liveness.drivers import Driver
 from services.liveness.drivers.process import ProcessDriver
+from services.liveness.drivers.webhook import WebhookDriver
 from services.liveness.handlers import Handlers
 from services.liveness.loops import Loops
-from services.liveness.restart import Restarts
+from services.liveness.restart.carry import Restarts
 from services.liveness.settings import Settings
 from shared.facts import (
+    LivenessQuery,
     ProxyBeat,
     SessionKill,
     WorkspaceChanged,
@@ -25,11 +28,20 @@ from shared.loops import turning
 from shared.service import running, start
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+STUCK_S = 120.0
+"""No turn of these loops lasts half as long: each of its calls has a limit."""
 
 
 def drivers_of(settings: Settings) -> dict[str, Driver]:
     """The drivers that these settings allow, by the name that `runtime` calls them."""
-    return {"process": ProcessDriver(settings.agents_file, settings.agents_folder)}
+    drivers: dict[str, Driver] = {"process": ProcessDriver(settings.agents_file, settings.agents_folder)}
+    if settings.docker_url is not None:
+        from services.liveness.drivers.docker import DockerDriver  # noqa: PLC0415 - what it imports is an extra
+
+        drivers["docker"] = DockerDriver(settings.docker_url)
+    if settings.webhook_secret is not None:
+        drivers["webhook"] = WebhookDriver(settings.webhook_secret.get_secret_value())
+    return drivers
 
 
 async def main(settings: Settings) -> None:
@@ -48,7 +60,11 @@ async def main(settings: Settings) -> None:
         service.reader.store(WorkspaceEvidence, handlers.evidence)
         service.reader.store(ProxyBeat, handlers.proxy_beats)
         service.reader.store(SessionKill, handlers.kill)
+        answers = Answers(settings, service.publisher, handlers.wake)
+        service.reader.store(LivenessQuery, answers.query)
         exits = [asyncio.create_task(loops.exits(driver), name=f"exits {name}") for name, driver in drivers.items()]
+        for loop in (loops.looks, restarts.loop):
+            service.health.add_pulse(loop.name, loop.age_s, limit_s=STUCK_S)
         try:
             async with turning([restarts.loop, *loops.all()]):
                 await service.serve()

@@ -6,14 +6,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from services.liveness import restart, store
+from services.liveness import store
 from services.liveness.decide import life as lives
 from services.liveness.decide.life import Life, Status, believed
 from services.liveness.metrics import EVIDENCE
+from services.liveness.restart import door
 from services.liveness.store import SQL
 from shared.database import Connection
 from shared.facts import (
-    FLEET,
     FactT,
     ProxyBeat,
     SessionKill,
@@ -53,7 +53,7 @@ class Handlers:
             if life is not None:
                 after.append(await _settled(connection, before.get(fact.workspace_id), life, now))
         await store.save(connection, before, after, now)
-        return self._wake
+        return self.wake
 
     async def removed(self, connection: Connection, facts: Sequence[WorkspaceRemoved]) -> Tell:
         """Let a workspace go for ever, and its restart with it."""
@@ -64,10 +64,10 @@ class Handlers:
         for fact in newest.values():
             life = lives.gone(before.get(fact.workspace_id), fact.workspace_id, fact.rev)
             if life is not None:
-                await restart.withdraw(connection, life, "withdrawn", now)
+                await door.withdraw(connection, life, "withdrawn", now)
                 after.append(life)
         await store.save(connection, before, after, now)
-        return self._wake
+        return self.wake
 
     async def heartbeats(self, connection: Connection, facts: Sequence[WorkspaceHeartbeat]) -> Tell:
         """Hear agents; of each only the newest beat of its newest incarnation."""
@@ -100,9 +100,7 @@ class Handlers:
 
     async def proxy_beats(self, connection: Connection, facts: Sequence[ProxyBeat]) -> None:
         """Remember which proxies are heard: while none is, silence counts for nobody (D-S1)."""
-        heard = sorted({fact.proxy_id for fact in facts if fact.workspace_id == FLEET or fact.forwards})
-        if heard:
-            await connection.execute(SQL["hear_proxies"], heard)
+        await connection.execute(SQL["hear_proxies"], sorted({fact.proxy_id for fact in facts}))
 
     async def kill(self, connection: Connection, facts: Sequence[SessionKill]) -> Tell:
         """Take orders to end the container of a session; each is answered once."""
@@ -112,13 +110,13 @@ class Handlers:
         for fact in facts:
             if not await store.insert_order(connection, fact, now):
                 continue
-            life = await restart.order(connection, after.get(fact.workspace_id), fact, now, drivers=self.drivers)
+            life = await door.order(connection, after.get(fact.workspace_id), fact, now, drivers=self.drivers)
             if life is not None:
                 after[fact.workspace_id] = life
         await store.save(connection, before, list(after.values()), now)
         return self.wake_restarts
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         self.wake_looks()
         self.wake_restarts()
 
@@ -130,7 +128,7 @@ async def _settled(connection: Connection, before: Life | None, life: Life, now:
     is_new = life.incarnation > before.incarnation
     if not is_new and life.status is not Status.OFFLINE:
         return life
-    if await restart.withdraw(connection, life, "recovered", now) and life.status is Status.OFFLINE:
+    if await door.withdraw(connection, life, "recovered", now) and life.status is Status.OFFLINE:
         return replace(believed(life, Status.ONLINE, ""), next_check_at=now if life.driver is not None else None)
     return life
 

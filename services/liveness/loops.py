@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
-from services.liveness import restart, store
+from services.liveness import store
 from services.liveness.decide.doubts import doubt_of
 from services.liveness.decide.judge import Decision, Doubt, Reason, Verdict, judge
-from services.liveness.decide.life import Life, Status
+from services.liveness.decide.life import DOWN, Life, Status, believed
 from services.liveness.decide.seen import Observation, Seen
 from services.liveness.drivers import Driver, Exit, Target
-from services.liveness.metrics import BLIND, DETECTED, HEARD_AGE, HOLDS, PROBES, STATUSES, VERDICTS
+from services.liveness.metrics import BLIND, DETECTED, HEARD_AGE, HOLDS, PROBES, STATUSES, VERDICTS, WINDOW
+from services.liveness.restart import door
 from services.liveness.settings import Settings
 from services.liveness.store import SQL
 from shared.broker import Publisher
@@ -36,7 +37,7 @@ _FORGET_ROWS = 2000
 
 @dataclass(slots=True)
 class Loops:
-    """Each method is one loop's `run_once`; `died` is called when a restart was opened."""
+    """Each method is one loop's `run_once`; `died` is called after a commit that may have opened a restart."""
 
     settings: Settings
     pool: Pool
@@ -106,8 +107,10 @@ class Loops:
 
     async def forget(self, now: datetime | None = None) -> float:
         await self.pool.execute(SQL["forget_proxies"])
-        done = await self.pool.execute(SQL["forget_evidence"], now, self.settings.evidence_days, _FORGET_ROWS)
-        return 0.0 if done == f"DELETE {_FORGET_ROWS}" else 3600.0
+        about = (now, self.settings.evidence_days, _FORGET_ROWS)
+        names = ("forget_evidence", "forget_restarts", "forget_orders")
+        done = {await self.pool.execute(SQL[name], *about) for name in names}
+        return 0.0 if f"DELETE {_FORGET_ROWS}" in done else 3600.0
 
     def _is_slow(self) -> bool:
         """Whether this replica should distrust itself: just started, or it woke much later than it meant to (D-S23)."""
@@ -117,21 +120,28 @@ class Loops:
 
     async def _list(self, name: str, due: Sequence[Life], now: datetime | None, *, slow: bool) -> None:
         seen = await self._seen(name, due)
+        moment: datetime = await self.pool.fetchval(SQL["read_clock"], now)
+        doubt = await self._doubt(name, due, seen, moment, slow=slow)
+        WINDOW.set(max(life.window_s for life in due))
         for life in due:
             observation = seen.get(life.workspace_id) or Observation(Seen.UNKNOWN, why="the driver did not name it")
             PROBES.labels(observation.seen.value).inc()
+            if _says_nothing_new(life, judge(life, observation, moment, doubt)):
+                continue
+            work = partial(
+                self._judge, name=life.workspace_id, fence=life.fence, seen=observation, doubt=doubt, now=now
+            )
             try:
-                await transact(
-                    self.pool,
-                    partial(self._judge, workspace_id=life.workspace_id, fence=life.fence, seen=observation, now=now,
-                            slow=slow),
-                )  # fmt: skip
+                await transact(self.pool, work)
             except Exception as error:
-                if classify(error) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                if (trouble := classify(error)) not in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                     raise
                 # No write, no restart (D-S19); the next look comes by itself.
                 log.warning("verdict_not_written", workspace_id=life.workspace_id, error=str(error)[:300])
+                if trouble is Trouble.INFRASTRUCTURE:
+                    break  # it would fail for each of the others too, after the same wait
         self.told()
+        self.died()
 
     async def _seen(self, name: str, due: Sequence[Life]) -> Mapping[str, Observation]:
         driver = self.drivers.get(name)
@@ -149,28 +159,31 @@ class Loops:
 
     async def _ended(self, ended: Exit) -> None:
         seen = Observation(Seen.STOPPED, ended.container_id, why="the engine says so")
-        work = partial(self._judge, workspace_id=ended.workspace_id, fence=None, seen=seen, now=None, slow=False)
-        await transact(self.pool, work)
+        await transact(
+            self.pool, partial(self._judge, name=ended.workspace_id, fence=None, seen=seen, doubt=Doubt(), now=None)
+        )
         self.told()
+        self.died()
 
     async def _judge(
-        self, connection: Connection, *, workspace_id: str, fence: int | None, seen: Observation, now: datetime | None,
-        slow: bool,
+        self, connection: Connection, *, name: str, fence: int | None, seen: Observation, doubt: Doubt,
+        now: datetime | None,
     ) -> None:  # fmt: skip
         """Judge one look under the agent's lock; what was seen before a restart of it counts for nothing.
 
         Without a fence it is an exit event: it counts for the very container that it names.
         """
-        before = await store.lock(connection, [workspace_id])
-        life = before.get(workspace_id)
-        if life is None or (fence is not None and life.fence != fence):
+        before = (await store.lock(connection, [name])).get(name)
+        if before is None or (fence is not None and before.fence != fence):
             return
-        if fence is None and life.container_id != seen.container_id:
+        if fence is None and before.container_id != seen.container_id:
             return
         moment = await store.clock(connection, now)
-        doubt = await self._doubt(connection, life, moment, slow=slow)
+        life = before
+        if life.status in DOWN and life.boot_until is None and await store.find_open(connection, name) is None:
+            life = believed(life, Status.ONLINE, "")  # nobody is at it any more
         decision = judge(life, seen, moment, doubt, exited=fence is None)
-        await self._act(connection, life, seen, decision, moment, source="exit" if fence is None else "look")
+        await self._act(connection, before, seen, decision, moment, source="exit" if fence is None else "look")
 
     async def _act(
         self, connection: Connection, before: Life, seen: Observation, decision: Decision, now: datetime, *, source: str
@@ -183,12 +196,14 @@ class Loops:
             case Verdict.DEAD:
                 if before.suspected_at is not None:
                     DETECTED.observe((now - before.suspected_at).total_seconds())
-                life = await restart.declare_dead(connection, life, decision.reason, decision.sentence, now)
-                self.died()
-            case Verdict.WEDGED if life.restart_wedged and self.settings.mode == "act":
-                life = await restart.tell_and_restart(
-                    connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s
+                life = await door.declare_dead(
+                    connection, life, decision.reason, decision.sentence, now, backoff_s=self.settings.backoff_s
                 )
+            case Verdict.WEDGED if life.restart_wedged and self.settings.mode == "act":
+                life = await door.tell_and_restart(
+                    connection, life, Reason.WEDGED, decision.sentence, now, notice_s=self.settings.notice_s,
+                    backoff_s=self.settings.backoff_s,
+                )  # fmt: skip
             case Verdict.SUSPECT:
                 if decision.reason is Reason.HELD:
                     HOLDS.inc()
@@ -201,20 +216,34 @@ class Loops:
             await store.record(connection, life, seen, decision, source=source, now=now)
         await store.save(connection, {before.workspace_id: before}, [life], now)
 
-    async def _doubt(self, connection: Connection, life: Life, now: datetime, *, slow: bool) -> Doubt:
-        hearing = await connection.fetchrow(SQL["hearing"], now)
-        heard = await connection.fetchrow(SQL["fleet_heard"])
+    async def _doubt(
+        self, name: str, due: Sequence[Life], seen: Mapping[str, Observation], now: datetime, *, slow: bool
+    ) -> Doubt:
+        """What speaks against this look: all that it says is dead counts, before the first of them is judged."""
+        hearing = await self.pool.fetchrow(SQL["hearing"], now)
+        heard = await self.pool.fetchrow(SQL["fleet_heard"])
+        fleet = await self.pool.fetchrow(SQL["fleet_doubts"], now, name, [life.workspace_id for life in due])
         assert heard is not None, "it selects a count"
-        agents = suspects = 0
-        for row in await connection.fetch(SQL["fleet_doubts"], now):
-            if row["driver"] == life.driver:
-                agents, suspects = row["agents"], row["suspects"]
+        assert fleet is not None, "it selects counts"
+        dead = sum(life.status not in DOWN and _speaks_of_death(seen.get(life.workspace_id)) for life in due)
         return doubt_of(
-            agents=agents, suspects=suspects, is_suspect=life.suspected_at is not None, expected=heard["expected"],
+            agents=fleet["agents"], suspects=fleet["suspects"] + dead, expected=heard["expected"],
             last_beat_at=heard["beat_at"], cadence_s=heard["cadence_s"] or 30.0,
             listening_since=hearing["since_at"] if hearing is not None else None, self_slow=slow,
             wedged_after_s=self.settings.wedged_after_s, now=now,
         )  # fmt: skip
+
+
+def _speaks_of_death(seen: Observation | None) -> bool:
+    return seen is not None and seen.speaks_of_death
+
+
+def _says_nothing_new(life: Life, decision: Decision) -> bool:
+    """Whether a look changes nothing, as most do: then it costs no transaction."""
+    if decision.verdict not in {Verdict.ALIVE, Verdict.LEFT_ALONE} or decision.life is not life:
+        return False
+    VERDICTS.labels(decision.verdict.value).inc()
+    return True
 
 
 def _is_news(before: Life, after: Life, decision: Decision) -> bool:

@@ -21,10 +21,10 @@ SET rev = EXCLUDED.rev, incarnation = EXCLUDED.incarnation, runtime = EXCLUDED.r
     active = EXCLUDED.active, progress = EXCLUDED.progress, progress_at = EXCLUDED.progress_at, status = EXCLUDED.status,
     reason = EXCLUDED.reason, status_rev = EXCLUDED.status_rev, status_at = EXCLUDED.status_at,
     suspected_at = EXCLUDED.suspected_at, suspected_last_at = EXCLUDED.suspected_last_at,
-    suspicions = EXCLUDED.suspicions, blind_since = EXCLUDED.blind_since, container_id = EXCLUDED.container_id,
+    suspicions = EXCLUDED.suspicions, blind_since = EXCLUDED.blind_since, known = EXCLUDED.known, container_id = EXCLUDED.container_id,
     started_at = EXCLUDED.started_at, boot_until = EXCLUDED.boot_until, next_check_at = EXCLUDED.next_check_at,
     fence = EXCLUDED.fence, restarts = EXCLUDED.restarts, backoffs = EXCLUDED.backoffs, unheard = EXCLUDED.unheard,
-    restarted_at = EXCLUDED.restarted_at
+    restarted_at = EXCLUDED.restarted_at, forgiven_at = EXCLUDED.forgiven_at
 
 -- name: claim_looks
 -- Agents whose look is due within $2 s, each for one replica: it looks at them together, one list per engine.
@@ -52,6 +52,14 @@ SELECT * FROM evidence WHERE workspace_id = $1 ORDER BY id DESC LIMIT $2
 -- name: forget_evidence
 DELETE FROM evidence WHERE id IN (
   SELECT id FROM evidence WHERE at < coalesce($1, now()) - make_interval(days => $2) ORDER BY at LIMIT $3)
+
+-- name: forget_restarts
+DELETE FROM restarts WHERE restart_id IN (
+  SELECT restart_id FROM restarts WHERE ended_at < coalesce($1, now()) - make_interval(days => $2) LIMIT $3)
+
+-- name: forget_orders
+DELETE FROM orders WHERE order_id IN (
+  SELECT order_id FROM orders WHERE answered_at < coalesce($1, now()) - make_interval(days => $2) LIMIT $3)
 
 -- name: open_restart
 -- The fence of a death: this incarnation, still believed to be alive, and no other restart of it under way.
@@ -128,14 +136,20 @@ SELECT * FROM restarts WHERE workspace_id = $1 ORDER BY decided_at DESC LIMIT $2
 
 -- name: insert_order
 INSERT INTO orders (order_id, workspace_id, session_id, incarnation, rev, expires_at, at)
-VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING
+VALUES ($1, $2, $3, $4, $5, $6, $7)
+-- The same order with more time is told again when the first had run out, or has not been carried out yet.
+ON CONFLICT (order_id) DO UPDATE SET expires_at = EXCLUDED.expires_at, result = NULL, answered_at = NULL
+WHERE (orders.result IS NULL OR orders.result = 'expired') AND EXCLUDED.expires_at > orders.expires_at
 RETURNING order_id
 
 -- name: open_orders
 SELECT * FROM orders WHERE workspace_id = $1 AND result IS NULL ORDER BY order_id
 
 -- name: was_killed
-SELECT EXISTS (SELECT FROM orders WHERE workspace_id = $1 AND incarnation = $2 AND result = 'applied')
+-- An agent without boot ids keeps its number through a restart: what was killed so long ago was another life of it.
+SELECT EXISTS (
+  SELECT FROM orders
+  WHERE workspace_id = $1 AND incarnation = $2 AND result = 'applied' AND answered_at > $3::timestamptz - interval '180 seconds')
 
 -- name: answer_order
 UPDATE orders SET result = $2, answered_at = $3 WHERE order_id = $1 AND result IS NULL
@@ -158,11 +172,10 @@ SELECT min(since_at) AS since_at FROM proxies WHERE beat_at > $1::timestamptz - 
 DELETE FROM proxies WHERE beat_at < now() - interval '1 day'
 
 -- name: fleet_doubts
--- Per engine: how many agents it has, and how many turned suspect in the last 30 s.
-SELECT driver, count(*) AS agents,
-       count(*) FILTER (WHERE suspected_at > $1::timestamptz - interval '30 seconds') AS suspects
-FROM agents WHERE driver IS NOT NULL AND NOT removed AND NOT paused AND desired = 'running' AND status <> 'gave_up'
-GROUP BY driver
+-- How many agents an engine has, and how many of them turned suspect in the last 30 s, without those of this very look.
+SELECT count(*) AS agents,
+       count(*) FILTER (WHERE suspected_at > $1::timestamptz - interval '30 seconds' AND workspace_id <> ALL($3::text[])) AS suspects
+FROM agents WHERE driver = $2 AND NOT removed AND NOT paused AND desired = 'running' AND status <> 'gave_up'
 
 -- name: fleet_heard
 SELECT count(*) AS expected, max(beat_at) AS beat_at, max(cadence_s) AS cadence_s
@@ -177,3 +190,7 @@ SELECT status, count(*) AS agents,
        count(*) FILTER (WHERE blind_since < now() - interval '120 seconds') AS blind,
        max(extract(epoch FROM now() - heard_at)) FILTER (WHERE expects_beats AND NOT removed)::float8 AS silent_s
 FROM agents GROUP BY status
+
+-- name: insert_audit
+INSERT INTO audit (query_id, caller_id, action, workspace_id, note) VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING
+RETURNING query_id

@@ -27,7 +27,7 @@ from services.proxy.api.workspaces import Workspaces
 from services.proxy.control import Control
 from services.proxy.copies import Copies
 from services.proxy.handlers import Handlers
-from services.proxy.loops import Beats, Catching, Reading, Writing
+from services.proxy.loops import Beats, Catching, Parting, Reading, Writing
 from services.proxy.settings import Settings
 from services.proxy.store import Store
 from shared.addresses import AddressRules
@@ -61,6 +61,7 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
     identity, questions = Identity(settings, copies, store), Questions(settings, copies, service.publisher)
     finding, told = Finding(copies, store), service.relay.wake
     sessions = Sessions(settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher)
+    lives = Lives(settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher)
     api = Api(
         a2a=A2A(
             settings, copies, identity=identity, finding=finding, keeper=Keeper(settings, copies, service.publisher),
@@ -74,9 +75,10 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
         ),
         workspaces=Workspaces(
             settings, copies, identity=identity, finding=finding, store=store, told=told, sessions=sessions,
+            lives=lives,
         ),
         sessions=sessions,
-        lives=Lives(settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher),
+        lives=lives,
         queue=Queue(finding, identity, questions),
         verbs=Verbs(settings, finding=finding, identity=identity, questions=questions, store=store),
         schedules=Schedules(
@@ -84,9 +86,11 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
         ),
         cards=Cards(settings, finding, identity),
     )  # fmt: skip
+    parting = Parting(settings, copies)
+    loops = [beats.loop, reading.loop, writing.loop, catching.loop, parting.loop, control.loop]
     stack.push_async_callback(writing.close)
     stack.push_async_callback(control.close)
-    await stack.enter_async_context(turning([beats.loop, reading.loop, writing.loop, catching.loop, control.loop]))
+    await stack.enter_async_context(turning(loops))
     stack.push_async_callback(door.close, settings.drain_s)
     door.open(api)
     return copies

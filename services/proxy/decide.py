@@ -43,9 +43,22 @@ class Workspace:
     paused: bool = False
     pause_note: str | None = None
     boot_id: str | None = None
+    registered_boot: str | None = None
+    """The process that registered last; None: it named no boot id."""
     boots_past: tuple[str, ...] = ()
     booted_at: float | None = None
     removed: bool = False
+
+    @property
+    def is_unregistered(self) -> bool:
+        """Whether another process beats than the one that registered: the url may lead nowhere (A-L-11)."""
+        return self.registered_boot is not None and self.registered_boot != self.boot_id
+
+
+def said_s(workspace: Workspace, name: str, default_s: float) -> float:
+    """A time that a workspace may set itself."""
+    said = workspace.settings.get(name)
+    return float(said) if said is not None else default_s
 
 
 class Presence(Enum):
@@ -366,6 +379,8 @@ def _keep_by_wish(arrival: Arrival) -> Keep | None:
     return Keep(Reason.QUEUE_FIRST) if arrival.queue_first else None
 
 
+DOWN = frozenset({"offline", "restarting", "gave_up"})
+"""Words of liveness for a life that is over."""
 _HELD: Mapping[str | None, Reason] = {
     "paused": Reason.PAUSED,
     "offline": Reason.OFFLINE,
@@ -395,6 +410,14 @@ def _why_held(arrival: Arrival) -> Reason | None:  # noqa: PLR0911 - one for eac
     if arrival.not_before is not None and arrival.not_before > arrival.now:
         return Reason.NOT_BEFORE
     return Reason.AT_CAPACITY if arrival.in_use >= arrival.in_use_max else None
+
+
+def is_outlived(*, life: int, incarnation: int, dead_incarnation: int, dead_age_s: float, grace_s: float) -> bool:
+    """Whether nothing can come any more of a forward to this life: it was declared dead, and its grace is over.
+
+    At once where another life has been heard: nobody has to wait for the old one then.
+    """
+    return life <= dead_incarnation and (incarnation > life or dead_age_s >= grace_s)
 
 
 def is_stale(copied_at: float | None, now: float, copy_stale_s: float) -> bool:

@@ -6,6 +6,7 @@ From the first byte that the caller gets, everything is the caller's. Its leavin
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +42,12 @@ class Sink(Protocol):
 
     def cut(self) -> None:
         """End the connection instead of the answer, so that what is missing is not taken for the end."""
+
+
+class LiveSink(Sink, Protocol):
+    """One that can say whether anything of an answer was given to it."""
+
+    began: bool
 
 
 @dataclass(slots=True)  # not frozen: one is made for each message, and freezing makes that three times as dear
@@ -83,6 +90,29 @@ Ending = Passed | Back | Broken
 
 TaskKnown = Callable[[str], None]
 """Told the id of the agent's Task before the caller is: where an answer is too large to be held back, right after."""
+
+
+DIED = (
+    "Unknown: the message was sent, and its agent was declared dead before it had answered. It may have taken it. "
+    "Send it again with the same messageId: it is kept until the agent is back."
+)
+
+
+async def forward_within(
+    bound: asyncio.Timeout, agents: Agents, outgoing: Outgoing, sink: LiveSink, *, task_known: TaskKnown | None = None
+) -> Ending:
+    """As `forward`, for as long as its agent lives: whoever knows better ends it by `bound`."""
+    try:
+        async with bound:
+            return await forward(agents, outgoing, sink, task_known=task_known)
+    except TimeoutError:
+        if not bound.expired():
+            raise
+    verdict = Verdict(Outcome.UNKNOWN, "agent_died", DIED)
+    if not sink.began:
+        return Broken(verdict)
+    sink.cut()
+    return Passed(verdict, 0, (), None)
 
 
 async def forward(

@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from uuid_utils.compat import uuid7
 
 from services.proxy.copies import Copies
+from services.proxy.decide import is_outlived, said_s
+from services.proxy.metrics import OUTLIVED
 from services.proxy.settings import Settings
 from services.proxy.store import Store
 from shared import topology
@@ -161,6 +163,35 @@ class Catching:
                 )
             )  # fmt: skip
         return _ASK_S if first else _LOOK_S
+
+
+class Parting:
+    """Ends live forwards to lives that are over: what has not come by then does not come."""
+
+    def __init__(self, settings: Settings, copies: Copies) -> None:
+        self._settings = settings
+        self._copies = copies
+        self.loop = Loop("parting", self.run_once)
+
+    async def run_once(self, now: float | None = None) -> float:
+        now = time.monotonic() if now is None else now
+        for workspace_id, death in self._copies.registry.deaths.items():
+            workspace = self._copies.registry.find(workspace_id)
+            if workspace is None:
+                continue
+            grace_s = said_s(workspace, "stop_grace_s", self._settings.stop_grace_s)
+            for forward in self._copies.uses.of(workspace_id).own.values():
+                is_over = is_outlived(
+                    life=forward.incarnation, incarnation=workspace.incarnation, dead_incarnation=death.incarnation,
+                    dead_age_s=now - death.at, grace_s=grace_s,
+                )  # fmt: skip
+                if is_over and self._copies.uses.hang_up(forward):
+                    OUTLIVED.inc()
+                    log.warning(
+                        "live_session_outlived", workspace_id=workspace_id, session_id=forward.session_id,
+                        incarnation=forward.incarnation,
+                    )  # fmt: skip
+        return _LOOK_S
 
 
 class Writing:

@@ -37,6 +37,9 @@ STALE_COPY = Counter(
 )
 ATTACHED = Counter("bide_proxy_attached_total", "Calls that waited for the answer of the same message")
 HEARTBEATS = Counter("bide_proxy_heartbeats_total", "Heartbeats taken")
+UNREGISTERED = Counter(
+    "bide_proxy_unregistered_heartbeats_total", "Heartbeats of processes that have not registered: their url may be old"
+)
 TOKEN_LOOKUPS = Counter("bide_proxy_token_lookups_total", "Tokens that this replica's copy did not know", ["found"])
 INCARNATIONS = Counter("bide_proxy_incarnations_total", "New lives of agents, by how they were noticed", ["by"])
 DIRECTIVES = Counter(
@@ -47,6 +50,7 @@ CONTROL_CALLS = Counter(
 )
 SESSION_CANCELS = Counter("bide_proxy_session_cancels_total", "Live forwards stopped: tasks/cancel sent", ["outcome"])
 GATE_CLOSINGS = Counter("bide_proxy_gate_closings_total", "Closings of gates that this replica has heard of")
+OUTLIVED = Counter("bide_proxy_outlived_total", "Live forwards whose agent's life was over before they were")
 EVIDENCE = Counter("bide_proxy_evidence_total", "What live forwards told of agents' lives", ["kind"])
 
 # Bound once: looking a label up costs more than counting.

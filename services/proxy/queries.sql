@@ -22,8 +22,8 @@ INSERT INTO audit (caller_id, action, workspace_id, detail) VALUES ($1, $2, $3, 
 -- Zero rows: it was removed, or a process that another one has replaced wants to come back.
 -- A token (null: keep it) is written by whoever enrolls. The incarnation grows only when both boot ids are known and differ.
 INSERT INTO workspaces AS w (workspace_id, owner_caller, url, token_hash, agent_card, capabilities, max_concurrent,
-                             heartbeat_interval_s, boot_id)
-VALUES ($1, $2, $3, coalesce($4, sha256(gen_random_uuid()::text::bytea)), $5, $6, $7, $8, $9)
+                             heartbeat_interval_s, boot_id, registered_boot)
+VALUES ($1, $2, $3, coalesce($4, sha256(gen_random_uuid()::text::bytea)), $5, $6, $7, $8, $9, $9)
 ON CONFLICT (workspace_id) DO UPDATE SET
   url = excluded.url,
   token_hash = coalesce($4, w.token_hash),
@@ -32,6 +32,7 @@ ON CONFLICT (workspace_id) DO UPDATE SET
   max_concurrent = excluded.max_concurrent,
   heartbeat_interval_s = excluded.heartbeat_interval_s,
   boot_id = coalesce(excluded.boot_id, w.boot_id),
+  registered_boot = excluded.boot_id,
   boots_past = CASE WHEN excluded.boot_id <> w.boot_id THEN (w.boot_id || w.boots_past)[1:8] ELSE w.boots_past END,
   booted_at = CASE WHEN excluded.boot_id <> w.boot_id THEN NULL ELSE w.booted_at END,
   incarnation = w.incarnation + CASE WHEN excluded.boot_id <> w.boot_id THEN 1 ELSE 0 END,

@@ -209,6 +209,7 @@ def _workspace(row: asyncpg.Record) -> Workspace:
     same = (
         "workspace_id", "owner_caller", "url", "token_hash", "incarnation", "rev", "agent_authorization", "agent_card",
         "max_concurrent", "heartbeat_interval_s", "desired", "paused", "pause_note", "boot_id",
+        "registered_boot",
     )  # fmt: skip
     return Workspace(
         **{name: row[name] for name in same},

@@ -30,6 +30,7 @@ from shared.facts import (
     WorkspaceHeartbeat,
     WorkspaceRegistered,
     WorkspaceRemoved,
+    WorkspaceStatus,
 )
 from shared.loops import turning
 from shared.service import running, start
@@ -53,6 +54,7 @@ async def main(settings: Settings) -> None:
         service.reader.store(WorkspaceRegistered, handlers.registered)
         service.reader.store(WorkspaceChanged, handlers.registered)
         service.reader.store(WorkspaceRemoved, handlers.removed)
+        service.reader.store(WorkspaceStatus, handlers.statuses)
         service.reader.store(QueueQuery, answers.query)
         service.reader.store(ScheduleChanged, ticks.changed)
         service.reader.store(ScheduleTick, ticks.fired, aside=settle_unreadable)
@@ -60,6 +62,7 @@ async def main(settings: Settings) -> None:
         service.reader.store(SessionStop, sessions.stop)
         service.reader.store(KillDone, sessions.kill_done)
         service.reader.store_undeliverable()
+        await loops.take_bounds()
         await loops.beat()  # a delivery of ours must never stand without an owner that beats
         try:
             async with turning([drain.loop, *loops.all(), History(settings, service.pool).loop]):

@@ -25,10 +25,9 @@ from shared.agents import AgentError, Agents, Exchange, Limits
 from shared.facts import EvidenceKind
 from shared.replies import Answer, Outcome, Verdict, classify
 from shared.results import read_result
+from shared.settings import TURN_SLACK_S
 from shared.telemetry import log
 
-CEILING_SLACK_S = 120 + 30 + 60
-"""Grace of the checkpoint, grace of the stop, and a sweep: what a turn may outlast its ceiling by."""
 CANCEL_TIMEOUT_S = 10.0
 """A cancel that does not return by then is over: there are servers that wait in it for the end of the turn (C-K11)."""
 POLL_TIMEOUT_S = 30.0
@@ -130,12 +129,12 @@ class Delivery:
         """Take over where the agent is now: its task is asked for there."""
         self.item = replace(self.item, url=url, agent_authorization=agent_authorization)
 
-    def bound(self, ceiling_s: float) -> None:
+    def bound(self, ceiling_s: float, grace_s: float) -> None:
         """Take over its ceiling as it is now; a lowered one leaves the time in which a session is ended (C-K9)."""
-        if ceiling_s == self.item.ceiling_s:
+        if (ceiling_s, grace_s) == (self.item.ceiling_s, self.item.grace_s):
             return
-        self.item = replace(self.item, ceiling_s=ceiling_s)
-        self._reschedule(max(self._begun + self._longest_s(), self._clock() + CEILING_SLACK_S))
+        self.item = replace(self.item, ceiling_s=ceiling_s, grace_s=grace_s)
+        self._reschedule(max(self._begun + self._longest_s(), self._clock() + grace_s + TURN_SLACK_S))
 
     def ask_cancel(self) -> None:
         """Remember that somebody wants it canceled; the agent is told when its task id is known."""
@@ -153,11 +152,13 @@ class Delivery:
             self._owe_cancel()
         self._reschedule(max(self._until, self._clock() + STOP_HEARD_S - heard_age_s))
 
-    def hang_up(self, reply: Reply, error: str) -> None:
-        """Let go of the connection: it has come to `reply`."""
-        if self._hung_up is None:
-            self._hung_up = Ending(self.item, reply, error=error)
-            self._reschedule(self._clock())
+    def hang_up(self, reply: Reply, error: str) -> bool:
+        """Let go of the connection: it has come to `reply`. False: it has come to something before."""
+        if self._hung_up is not None:
+            return False
+        self._hung_up = Ending(self.item, reply, error=error)
+        self._reschedule(self._clock())
+        return True
 
     def silent_s(self) -> float:
         """How long no byte has come."""
@@ -247,8 +248,8 @@ class Delivery:
         return classify(Answer(exchange.status, exchange.headers, answer), now=datetime.now(UTC)), answer
 
     def _longest_s(self) -> float:
-        ceiling_s = self.item.ceiling_s
-        return ceiling_s + CEILING_SLACK_S if ceiling_s else self._settings.forward_max_s
+        item = self.item
+        return item.ceiling_s + item.grace_s + TURN_SLACK_S if item.ceiling_s else self._settings.forward_max_s
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         item = self.item

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 from services.queue import decide, store
@@ -34,10 +34,14 @@ from shared.facts import (
     WorkspaceHeartbeat,
     WorkspaceRegistered,
     WorkspaceRemoved,
+    WorkspaceStatus,
 )
 from shared.intake import Tell
+from shared.telemetry import log
 
 FactT = TypeVar("FactT", bound=Fact)
+BOUNDS = dict(zip(decide.UNSAID, ("session_ceiling_s", "checkpoint_grace_s", "stop_grace_s"), strict=True))
+"""Column → setting, of the workspace and of the service alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class Handlers:
                 cadence_s=fact.cadence_s,
                 incarnation=fact.incarnation,
                 maximum=fact.max_concurrent_tasks,
+                now=before.now,
                 begun_after=sum(
                     row["workspace_id"] == name and row["dispatched_at"] > fact.occurred_at for row in begun
                 ),
@@ -131,12 +136,28 @@ class Handlers:
         after: dict[str, Workspace] = {}
         resumed: dict[str, float] = {}
         for name, workspace in before.items():
-            after[name], since = _registered(workspace, newest[name], before.now)
+            after[name], since = _registered(workspace, newest[name], before.now, self.settings)
             if since is not None:
                 resumed[name] = since
         await store.shift_clocks(connection, resumed, before.now)
         await store.save(connection, before, after)
         return lambda: self._tell([], after)
+
+    async def statuses(self, connection: Connection, facts: Sequence[WorkspaceStatus]) -> Tell:
+        """Hear who is dead: nothing begins there, and owners end what they have there; and who is not."""
+        before = await store.lock(connection, {fact.workspace_id for fact in facts})
+        after: dict[str, Workspace] = dict(before)
+        for fact in sorted(facts, key=lambda fact: fact.rev):
+            after[fact.workspace_id] = decide.hear_status(
+                after[fact.workspace_id], rev=fact.rev, incarnation=fact.incarnation, status=fact.status, now=before.now
+            )
+        await store.save(connection, before, after)
+
+        def tell() -> None:
+            _log_deaths(before, after)
+            self._tell([], after)
+
+        return tell
 
     async def removed(self, connection: Connection, facts: Sequence[WorkspaceRemoved]) -> Tell:
         """Deliver nothing more; what waits ends by its own clocks, visibly: a pause that nobody can end is over."""
@@ -202,33 +223,45 @@ def _hear_beats(before: Mapping[str, Workspace], beats: Sequence[ProxyBeat]) -> 
     return after
 
 
-def _registered(workspace: Workspace, fact: WorkspaceRegistered, now: float) -> tuple[Workspace, float | None]:
+def _log_deaths(before: Mapping[str, Workspace], after: Mapping[str, Workspace]) -> None:
+    for name, workspace in after.items():
+        if workspace.status != before[name].status:
+            log.info("life_heard", workspace_id=name, status=workspace.status, incarnation=workspace.incarnation,
+                     waiting=workspace.waiting, running=workspace.running)  # fmt: skip
+
+
+def _registered(
+    workspace: Workspace, fact: WorkspaceRegistered, now: float, settings: Settings
+) -> tuple[Workspace, float | None]:
     """The workspace as the registry has it; with the moment since which it was paused, if it no longer is."""
     if fact.rev <= workspace.registry_rev:
         return workspace, None
     workspace, since = decide.paused(workspace, now, is_paused=fact.paused or fact.desired == "stopped")
-    ceiling = fact.settings.get("session_ceiling_s")
     give_up = fact.settings.get("give_up_after_s")
     new_life = fact.incarnation > workspace.incarnation
     taken_over = replace(
-        workspace,
+        decide.begin_life(workspace, fact.incarnation, now),
         registry_rev=fact.rev,
         url=fact.url or None,
         agent_authorization=fact.agent_authorization,
         max_concurrent=fact.max_concurrent_tasks,
         at_most_once=fact.settings.get("delivery") == "at_most_once",
         give_up_after_s=float(give_up) if give_up is not None else 86400.0,
-        ceiling_s=float(ceiling) if ceiling is not None else 1800.0,
         removed=False,
-        incarnation=max(fact.incarnation, workspace.incarnation),
         # What the agent's own beat said of its cadence outlasts what was registered, in whichever order they come.
         beat_cadence_s=fact.heartbeat_interval_s if new_life or workspace.beat_at is None else workspace.beat_cadence_s,
         rev=workspace.rev + 1,
     )
-    if not new_life:
-        return taken_over, since
-    # What the last life said of itself is void, and so is that it was busy.
-    return replace(taken_over, beat_rev=0, beat_at=None, beat_active=0, not_before=None, busy_streak=0), since
+    return _bounded(taken_over, fact, settings), since
+
+
+def _bounded(workspace: Workspace, fact: WorkspaceRegistered, settings: Settings) -> Workspace:
+    """With what bounds a turn there: the workspace's own word, else the service's."""
+    said: dict[str, Any] = {name: fact.settings.get(setting) for name, setting in BOUNDS.items()}
+    bounds: dict[str, Any] = {
+        name: float(getattr(settings, BOUNDS[name]) if own is None else own) for name, own in said.items()
+    }
+    return replace(workspace, **bounds, unsaid=tuple(name for name, own in said.items() if own is None))
 
 
 # ── keeping ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,10 +15,10 @@ from uuid_utils.compat import uuid7
 
 from services.queue import decide, fires, store
 from services.queue.backlogs import backlogs, forwards, moment
-from services.queue.decide import Workspace
+from services.queue.decide import Reply, Workspace
 from services.queue.deliver import Delivery, Ending
 from services.queue.drain import Drain
-from services.queue.metrics import DEPTH, ENDED, GATES_CLOSED, OLDEST, OWNERS_LOST, RECONCILED
+from services.queue.metrics import DEPTH, ENDED, GATES_CLOSED, OLDEST, OUTLIVED, OWNERS_LOST, RECONCILED
 from services.queue.settings import Settings
 from services.queue.store import PRIORITY_OF, SQL
 from shared import outbox
@@ -171,6 +171,17 @@ class Loops:
             await self.pool.execute(SQL["forget_proxies"], self.settings.proxy_silent_s)
         return 0.0 if self._lost_after else self.settings.owner_beat_s
 
+    async def take_bounds(self) -> None:
+        """Let our own settings bound the turns of workspaces that say nothing themselves."""
+        settings = self.settings
+        await transact(
+            self.pool,
+            lambda connection: store.set_bounds(
+                connection, ceiling_s=settings.session_ceiling_s, checkpoint_grace_s=settings.checkpoint_grace_s,
+                stop_grace_s=settings.stop_grace_s,
+            ),
+        )  # fmt: skip
+
     async def leave(self) -> None:
         """Say that this replica has stopped in order: nobody has to wait for its silence."""
         try:
@@ -192,13 +203,14 @@ class Loops:
                     task.cancel()
                 continue
             delivery.moved(row["url"] or "", row["agent_authorization"])
-            delivery.bound(row["ceiling_s"])
+            delivery.bound(row["ceiling_s"], row["checkpoint_grace_s"] + row["stop_grace_s"])
             if row["beat_age_s"] is not None:
                 self.drain.alive(row["workspace_id"], age_s=row["beat_age_s"])
             if row["cancel_at"] is not None:
                 delivery.ask_cancel()
             if row["stopped"]:
                 self._stop(delivery, row)
+            self._part(delivery, row)
         self._adopt({key: row for key, row in ours.items() if not self.drain.holds(key)})
         return self.settings.reread_s
 
@@ -206,16 +218,40 @@ class Loops:
         delivery.ask_stop(heard_age_s=row["stop_heard_age_s"])
         if row["hung_up"]:
             delivery.hang_up("ceiling", "Its session was to end, and nothing else could end it: we hung up.")
+        elif row["incarnation"] > delivery.item.incarnation:
+            # Its connection may stand half open, and the beats of the new life keep it from being idle (C-K13).
+            delivery.hang_up("ceiling", "It was told to stop, and its agent has begun another life.")
         elif decide.is_abandoned(
             stop_age_s=row["stop_age_s"],
             beat_age_s=row["beat_age_s"],
             silent_s=delivery.silent_s(),
             active=row["beat_active"],
             ever_active=row["ever_active"],
-            grace_s=self.settings.stop_grace_s,
+            grace_s=row["stop_grace_s"],
         ):
             log.warning("session_abandoned", queue_id=str(row["queue_id"]), workspace_id=row["workspace_id"])
             delivery.hang_up("abandoned", "After it was told to stop its agent's beats show nothing, and no byte came.")
+
+    @staticmethod
+    def _part(delivery: Delivery, row: asyncpg.Record) -> None:
+        """Hang up on a life that is over: what has not come by now does not come."""
+        item = delivery.item
+        is_over = decide.is_outlived(
+            life=item.incarnation,
+            incarnation=row["incarnation"],
+            dead_incarnation=row["dead_incarnation"],
+            dead_age_s=row["dead_age_s"],
+            led_s=row["led_s"],
+            grace_s=row["stop_grace_s"],
+            is_followed=delivery.task_id is not None,
+        )
+        reply: Reply = "ceiling" if row["stopped"] else "unknown"
+        if is_over and delivery.hang_up(reply, "The agent's life that had it is over, and no answer has come."):
+            OUTLIVED.inc()
+            log.warning(
+                "delivery_outlived", queue_id=str(item.queue_id), workspace_id=item.workspace_id,
+                delivery_no=item.delivery_no, incarnation=item.incarnation,
+            )  # fmt: skip
 
     def _adopt(self, orphans: dict[tuple[str, int], asyncpg.Record]) -> None:
         """Write back rows that are ours and that nobody here delivers: a claim whose commit was never confirmed.

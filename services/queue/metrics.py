@@ -31,6 +31,7 @@ DEAD_LETTERS_KEPT = Gauge(
 GATES_CLOSED = Gauge("bide_queue_gates_closed", "Workspaces whose session is being ended; every replica tells the same")
 STOPS = Counter("bide_queue_stops_total", "Deliveries that were told to stop, by why", ["reason"])
 HANG_UPS = Counter("bide_queue_hang_ups_total", "Deliveries that nothing but our hanging up could end")
+OUTLIVED = Counter("bide_queue_outlived_total", "Deliveries whose agent's life was over before they were")
 RUNNING = Gauge("bide_queue_running", "Deliveries of this replica under way")
 WAIT = Histogram(
     "bide_queue_delivery_seconds", "From the claim to the end of a delivery", buckets=(0.01, 0.1, 1, 10, 60, 600, 3600)

@@ -1,5 +1,5 @@
 -- Statements of queue. Lock order: workspaces by id → schedules by id → idempotency_keys → a2a_queue by queue_id →
--- a2a_finished → outbox.
+-- a2a_finished → proxies → outbox.
 -- An item moves only under the lock of its workspace, so the counters there are exact and no claim can race another.
 -- $n "now" is a moment that a test passes; null: the database's clock.
 
@@ -15,7 +15,8 @@ INSERT INTO workspaces (workspace_id) SELECT workspace_id FROM made
 -- elsewhere all its earlier ones are still there.
 -- With its place, so that whoever saves it need not look for it again, and the time once it was locked.
 SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch, extract(epoch FROM w.paused_at)::float8 AS paused_epoch,
-       extract(epoch FROM w.not_before)::float8 AS not_before_epoch,
+       extract(epoch FROM w.not_before)::float8 AS not_before_epoch, extract(epoch FROM w.life_at)::float8 AS life_epoch,
+       extract(epoch FROM w.dead_at)::float8 AS dead_epoch,
        extract(epoch FROM coalesce($2::timestamptz, clock_timestamp()))::float8 AS now_epoch
 FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
   SELECT *, ctid AS version FROM workspaces WHERE workspace_id = named.workspace_id
@@ -26,7 +27,8 @@ SELECT extract(epoch FROM coalesce($1::timestamptz, clock_timestamp()))::float8
 
 -- name: read_workspaces
 SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch, extract(epoch FROM w.paused_at)::float8 AS paused_epoch,
-       extract(epoch FROM w.not_before)::float8 AS not_before_epoch
+       extract(epoch FROM w.not_before)::float8 AS not_before_epoch, extract(epoch FROM w.life_at)::float8 AS life_epoch,
+       extract(epoch FROM w.dead_at)::float8 AS dead_epoch
 FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
   SELECT *, ctid AS version FROM workspaces WHERE workspace_id = named.workspace_id ORDER BY rev DESC LIMIT 1) w
 
@@ -42,14 +44,18 @@ UPDATE workspaces w SET
   started_since = s.started_since, ended_since = s.ended_since, recent_ended = s.recent_ended, forwards = s.forwards,
   not_before = to_timestamp(s.not_before), busy_streak = s.busy_streak, rev = s.rev, floors = s.floors,
   served_critical = s.served_critical, turns_s = s.turns_s, gates = s.gates, gate_generation = s.gate_generation,
-  ever_active = s.ever_active, engaged = s.engaged
+  ever_active = s.ever_active, engaged = s.engaged, checkpoint_grace_s = s.checkpoint_grace_s,
+  stop_grace_s = s.stop_grace_s, unsaid = s.unsaid, life_at = to_timestamp(s.life_at), status = s.status,
+  status_rev = s.status_rev, dead_incarnation = s.dead_incarnation, dead_at = to_timestamp(s.dead_at)
 FROM jsonb_to_recordset($1::jsonb) AS s(
   workspace_id text, registry_rev bigint, url text, agent_authorization text, max_concurrent int, at_most_once boolean,
   give_up_after_s float8, ceiling_s float8, paused boolean, removed boolean, incarnation bigint, beat_rev bigint,
   beat_at float8, beat_active int, beat_cadence_s float8, paused_at float8, waiting int, waiting_critical int,
   waiting_info int, running int, started_since int, ended_since int, recent_ended float8[], forwards jsonb,
   not_before float8, busy_streak int, rev bigint, floors bigint[], served_critical boolean, turns_s float8[],
-  gates jsonb, gate_generation bigint, ever_active boolean, engaged boolean, version tid)
+  gates jsonb, gate_generation bigint, ever_active boolean, engaged boolean, checkpoint_grace_s float8,
+  stop_grace_s float8, unsaid text[], life_at float8, status text, status_rev bigint, dead_incarnation bigint,
+  dead_at float8, version tid)
 WHERE w.ctid = s.version AND w.workspace_id = s.workspace_id
 
 -- name: save_counters
@@ -65,6 +71,16 @@ FROM unnest($1::tid[], $2::text[], $3::int[], $4::int[], $5::int[], $6::int[], $
        recent_ended, not_before, busy_streak, rev, floor_critical, floor_rest, served_critical, turns_s)
 WHERE w.ctid = s.version AND w.workspace_id = s.workspace_id
 
+-- name: set_bounds
+-- At the start of a replica: the defaults may be others than when the workspaces registered.
+UPDATE workspaces SET
+  ceiling_s = CASE WHEN 'ceiling_s' = ANY(unsaid) THEN $1 ELSE ceiling_s END,
+  checkpoint_grace_s = CASE WHEN 'checkpoint_grace_s' = ANY(unsaid) THEN $2 ELSE checkpoint_grace_s END,
+  stop_grace_s = CASE WHEN 'stop_grace_s' = ANY(unsaid) THEN $3 ELSE stop_grace_s END
+WHERE ('ceiling_s' = ANY(unsaid) AND ceiling_s <> $1)
+   OR ('checkpoint_grace_s' = ANY(unsaid) AND checkpoint_grace_s <> $2)
+   OR ('stop_grace_s' = ANY(unsaid) AND stop_grace_s <> $3)
+
 -- name: waiting_workspaces
 -- What a sweep looks at: somebody waits or is said to run. Keyset, so that a page of closed ones hides nobody (B-08).
 SELECT workspace_id FROM workspaces
@@ -75,12 +91,14 @@ ORDER BY workspace_id LIMIT $2
 -- What a snapshot may have to name: those that are engaged only may turn out not to be.
 SELECT *, ctid AS version, extract(epoch FROM beat_at)::float8 AS beat_epoch,
        extract(epoch FROM paused_at)::float8 AS paused_epoch,
-       extract(epoch FROM not_before)::float8 AS not_before_epoch
+       extract(epoch FROM not_before)::float8 AS not_before_epoch, extract(epoch FROM life_at)::float8 AS life_epoch,
+       extract(epoch FROM dead_at)::float8 AS dead_epoch
 FROM workspaces WHERE waiting > 0 OR running > 0 OR engaged ORDER BY workspace_id
 
 -- name: running_items
 -- The newest first, and no more than the workspace's counter says there are.
-SELECT q.queue_id, q.workspace_id, q.delivery_no, q.key_hash, q.dispatched_at, q.ceiling_s, q.schedule_id
+SELECT q.queue_id, q.workspace_id, q.delivery_no, q.key_hash, q.dispatched_at, q.ceiling_s, q.schedule_id,
+       extract(epoch FROM q.stop_at)::float8 AS stop_epoch
 FROM unnest($1::text[], $2::int[]) AS named(workspace_id, running) CROSS JOIN LATERAL (
   SELECT * FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = named.workspace_id
   ORDER BY dispatched_at DESC LIMIT named.running) q
@@ -290,7 +308,10 @@ SELECT q.queue_id, q.workspace_id, q.delivery_no, q.method, q.body, q.attempts, 
        q.cancel_at, q.priority, q.lane, q.rank_ms, q.rev,
        extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch,
        extract(epoch FROM q.enqueued_at)::float8 AS enqueued_epoch,
-       w.url, w.agent_authorization, w.incarnation, coalesce(q.ceiling_s, w.ceiling_s) AS ceiling_s, w.beat_active,
+       w.url, w.agent_authorization, w.incarnation, coalesce(q.ceiling_s, w.ceiling_s) AS ceiling_s,
+       w.checkpoint_grace_s, w.stop_grace_s, w.beat_active, w.dead_incarnation,
+       extract(epoch FROM clock.now - w.dead_at)::float8 AS dead_age_s,
+       extract(epoch FROM w.life_at - q.dispatched_at)::float8 AS led_s,
        w.ever_active, q.stop_at IS NOT NULL AS stopped, q.hang_up_at IS NOT NULL AS hung_up,
        extract(epoch FROM clock.now - w.beat_at)::float8 AS beat_age_s,
        extract(epoch FROM clock.now - q.stop_at)::float8 AS stop_age_s,

@@ -44,8 +44,6 @@ class Settings(SharedSettings):
 
     reread_s: float = Field(default=1.0, gt=0)
     """How often an owner re-reads its own deliveries for a cancel, a stop, or a fence."""
-    stop_grace_s: float = Field(default=30.0, ge=0)
-    """How long an agent that was told to stop may take, before a beat that shows nothing says that it has left it."""
     proxy_silent_s: float = Field(default=60.0, gt=0)
     """A proxy that has not beaten for this long begins no forward any more: no gate waits for its word."""
     forward_idle_s: float = Field(default=300.0, gt=0)

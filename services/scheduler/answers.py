@@ -20,7 +20,7 @@ from services.scheduler.shapes import UNKNOWN, Answer, Refused, iso, problem, sh
 from services.scheduler.store import SQL
 from shared.broker import Publisher
 from shared.database import Connection
-from shared.facts import Fact, QueryAnswered, ScheduleQuery
+from shared.facts import QueryAnswered, ScheduleQuery
 from shared.intake import Tell
 
 _PAGE_MAX = 100
@@ -50,8 +50,8 @@ class Answers:
             connection, {each.workspace_id for each in wanted if each.verb == "create"}
         )
         await store.lock(connection, [each.schedule_id for each in wanted if each.schedule_id is not None])
-        told: list[Fact] = []
-        answered = [(fact, *await self._answer(connection, fact, removed, told)) for fact in facts]
+        turn = sessions.Turn()
+        answered = [(fact, *await self._answer(connection, fact, removed, turn)) for fact in facts]
 
         def tell() -> None:
             for fact, status, body in answered:
@@ -64,28 +64,27 @@ class Answers:
                     COMMANDS.labels(fact.verb, str(status)).inc()
             if wanted:
                 self.wake()
-            if told:
-                sessions.post(self.publisher, told)
+            if turn.told:
+                sessions.tell(self.publisher, turn)
                 self.step()
 
         return tell
 
     async def _answer(
-        self, connection: Connection, fact: ScheduleQuery, removed: Mapping[str, bool], told: list[Fact]
+        self, connection: Connection, fact: ScheduleQuery, removed: Mapping[str, bool], turn: sessions.Turn
     ) -> Answer:
-        if fact.expires_at < datetime.now(UTC):
+        # By the database's clock: a replica's own may be wrong by more than a deadline is long (C-C2).
+        now = await store.clock(connection)
+        if fact.expires_at < now:
             words = "The request came after its own deadline; nothing was done. Send it again."
             return 408, problem("too_late", words)
         if fact.verb == "sessions":
             return await sessions.show(connection, fact, self.settings)
         if fact.verb in sessions.VERBS:
-            answer, facts = await sessions.command(connection, fact, self.settings)
-            told += facts
-            return answer
+            return await sessions.command(connection, fact, self.settings, turn)
         if fact.verb not in commands.COMMANDS:
             return await _QUESTIONS[fact.verb](connection, fact)
         rows = await store.lock(connection, [fact.schedule_id] if fact.schedule_id is not None else [])
-        now = await store.clock(connection)
         held = commands.Held(now, rows, removed, self.settings.schedules_max)
         return await commands.command(connection, fact, held)
 

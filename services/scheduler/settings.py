@@ -21,12 +21,10 @@ class Settings(SharedSettings):
     """Schedules that one workspace may have."""
     retention_days: int = Field(default=90, ge=1)
     """How long a fire is shown after it ended."""
+    audit_days: int = Field(default=365, ge=1)
+    """How long it is remembered who changed which schedule."""
 
     # Sessions. Those with the name of a workspace's setting are what holds where a workspace says nothing else.
-    checkpoint_grace_s: float = Field(default=120.0, ge=0)
-    """What a session has for saving and ending its turn after it was asked to, at its ceiling."""
-    stop_grace_s: float = Field(default=30.0, ge=0)
-    """What it has for ending after its cancel, before its container may be ended."""
     session_min_s: float = Field(default=600.0, ge=0)
     """How long a session runs before a tick that waits asks it to make room."""
     tick_preempts: Literal["ticks", "all", "none"] = "ticks"

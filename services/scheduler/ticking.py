@@ -17,11 +17,11 @@ from uuid_utils.compat import uuid7
 from services.scheduler import decide, store
 from services.scheduler.decide import CATCH_UP, Due, Schedule, Several
 from services.scheduler.metrics import DUE, FAILED, FIRES, LATE, PAUSED_BY_ERROR, TICKS
-from services.scheduler.rules import rule_of
+from services.scheduler.rules import rule_to_fire
 from services.scheduler.settings import Settings
 from services.scheduler.store import SQL, Advance, Fire
 from shared import outbox
-from shared.database import Connection, Pool, Trouble, classify, transact
+from shared.database import Connection, Pool, Trouble, classify, in_words, transact
 from shared.facts import ScheduleTick
 from shared.loops import Loop
 from shared.telemetry import log
@@ -32,7 +32,8 @@ _HELD_ELSEWHERE_S = 0.05
 _MEASURE_S = 5.0
 _MEASURED_MAX = 10_001
 _FORGET_ROWS = 2000
-_REASON_MAX = 300
+_SILENT_LOOKS = 2
+_SILENT_MIN_S = 2.0
 
 
 @dataclass(slots=True)
@@ -62,7 +63,7 @@ class Ticking:
         except Exception as error:
             if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
                 raise
-            log.warning("batch_repeated_singly", error=_words(error))
+            log.warning("batch_repeated_singly", error=in_words(error))
             fired = await transact(self._pool, partial(self._fire_singly, now=now))
         self._tell(fired)
         if fired.claimed:
@@ -72,6 +73,10 @@ class Ticking:
             return self._settings.look_s
         return min(max(until_s, _HELD_ELSEWHERE_S if until_s <= 0 else 0.001), self._settings.look_s)
 
+    async def probe(self) -> None:
+        """For /readyz: a loop that stands still is seen after two of its longest sleeps (C-R6)."""
+        await self.loop.probe(max(_SILENT_LOOKS * self._settings.look_s, _SILENT_MIN_S))
+
     async def measure(self) -> float:
         row = await self._pool.fetchrow(SQL["measure"], _MEASURED_MAX)
         assert row is not None, "it selects two counts"
@@ -80,12 +85,15 @@ class Ticking:
         return _MEASURE_S
 
     async def forget(self, now: datetime | None = None) -> float:
-        """Delete a batch of fires that ended, and of schedules that were deleted, long ago."""
-        about = (now, self._settings.retention_days, _FORGET_ROWS)
-        done = {
-            await self._pool.execute(SQL[name], *about)
-            for name in ("forget_schedules", "forget_fires", "forget_sessions")
-        }
+        """Delete a batch of what ended, was deleted, or was recorded, long ago."""
+        days, audit_days = self._settings.retention_days, self._settings.audit_days
+        kept = (
+            ("forget_schedules", days),
+            ("forget_fires", days),
+            ("forget_sessions", days),
+            ("forget_audit", audit_days),
+        )
+        done = {await self._pool.execute(SQL[name], now, each, _FORGET_ROWS) for name, each in kept}
         return 0.0 if f"DELETE {_FORGET_ROWS}" in done else 3600.0
 
     async def _fire(self, connection: Connection, *, now: datetime | None) -> _Fired:
@@ -139,7 +147,7 @@ async def _write(connection: Connection, rows: Sequence[asyncpg.Record], fired: 
             break  # still due: the next turn's
         try:
             schedule = store.schedule_of(row)
-            verdict = decide.due(schedule, rule_of(schedule), row["clock"])
+            verdict = decide.due(schedule, rule_to_fire(schedule), row["clock"])
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one schedule is that one's alone
             await _give_up(connection, row["schedule_id"], error, fired)
             continue
@@ -168,14 +176,9 @@ async def _write(connection: Connection, rows: Sequence[asyncpg.Record], fired: 
 
 
 async def _give_up(connection: Connection, schedule_id: UUID, error: Exception, fired: _Fired) -> None:
-    reason = _words(error)
+    reason = in_words(error).replace("\x00", "")
     await store.pause_failed(connection, schedule_id, reason)
     fired.failed.append((schedule_id, reason))
-
-
-def _words(error: Exception) -> str:
-    """The first line: behind it, Postgres shows the row, and so a prompt."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:_REASON_MAX].replace("\x00", "")
 
 
 def _fires(schedule: Schedule, verdict: Due) -> list[Fire]:
@@ -212,6 +215,7 @@ def _tick(schedule: Schedule, verdict: Due, fire: Fire) -> ScheduleTick:
     merged = verdict.merged
     assert fire.queue_id is not None, "only those that run"
     return ScheduleTick(
+        fact_id=fire.queue_id,
         workspace_id=schedule.workspace_id,
         rev=schedule.rev,
         schedule_id=schedule.schedule_id,

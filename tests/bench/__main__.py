@@ -14,16 +14,23 @@ from pathlib import Path
 import structlog
 
 from deploy.local.servers import Servers, servers
-from tests.bench import claim, compared, figures, freed, waits
+from tests.bench import claim, compared, figures, freed, ticks, waits
 from tests.bench.table import Row, as_json, as_text, write
 from tests.conftest import TEMPLATE, Stack, make_template
 
-PARTS = ("forward", "keep", "drain", "freed", "waits", "beats", "claim", "idle")
+PARTS = ("forward", "keep", "drain", "freed", "waits", "beats", "claim", "ticks", "idle")
 SIZES = (1_000, 100_000, 1_000_000)
 
 
 async def measure(
-    running: Servers, folder: Path, parts: Sequence[str], *, seconds: float, rounds: int, sizes: Sequence[int]
+    running: Servers,
+    folder: Path,
+    parts: Sequence[str],
+    *,
+    seconds: float,
+    rounds: int,
+    sizes: Sequence[int],
+    loads: ticks.Loads,
 ) -> list[Row]:
     stack = Stack(_database(running, "figures"), running.rabbitmq.vhost("figures"))
     rows: list[Row] = []
@@ -42,10 +49,10 @@ async def measure(
                 print(f"a peer could not be measured: {error}", file=sys.stderr)  # the other figures stand
         if "beats" in parts:
             rows += await figures.beats(bench, folder)
-    return rows + await _measure_queue(running, parts, sizes)
+    return rows + await _measure_queue(running, parts, sizes, loads)
 
 
-async def _measure_queue(running: Servers, parts: Sequence[str], sizes: Sequence[int]) -> list[Row]:
+async def _measure_queue(running: Servers, parts: Sequence[str], sizes: Sequence[int], loads: ticks.Loads) -> list[Row]:
     """What needs no proxy."""
     rows: list[Row] = []
     if "freed" in parts:
@@ -55,6 +62,9 @@ async def _measure_queue(running: Servers, parts: Sequence[str], sizes: Sequence
     if "claim" in parts:
         claims = Stack(_database(running, "claim"), running.rabbitmq.url)
         rows += claim.rows(await claim.run(claims, list(sizes)))
+    if "ticks" in parts:
+        calendar = Stack(_database(running, "ticks"), running.rabbitmq.vhost("ticks"))
+        rows += ticks.rows(await ticks.run(calendar, loads))
     if "idle" in parts:
         rows += await figures.idle(Stack(_database(running, "idle"), running.rabbitmq.vhost("idle")))
     return rows
@@ -76,13 +86,15 @@ def main() -> int:
     parts = [*arguments.parts, *(["peers"] if arguments.peers else [])]
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     seconds, rounds, sizes = (1.0, 1, SIZES[:1]) if arguments.smoke else (4.0, 5, SIZES)
+    loads = ticks.SMOKE if arguments.smoke else ticks.LOADS
     sizes += (claim.LARGE,) * arguments.large
     with (
         tempfile.TemporaryDirectory(prefix="bide-bench-", ignore_cleanup_errors=True) as folder,
         servers(Path(folder) / "servers", durable=True, report=lambda line: print(line, file=sys.stderr)) as running,
     ):
         make_template(running)
-        rows = asyncio.run(measure(running, Path(folder), parts, seconds=seconds, rounds=rounds, sizes=sizes))
+        measured = measure(running, Path(folder), parts, seconds=seconds, rounds=rounds, sizes=sizes, loads=loads)
+        rows = asyncio.run(measured)
     if arguments.write:
         write(arguments.write, rows)
     print(as_json(rows) if arguments.json else as_text(rows))

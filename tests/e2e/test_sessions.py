@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 
 from bide_agent.agent import Agent
 from tests.conftest import until
-from tests.e2e.conftest import Caller, Fleet, Ready, up
+from tests.e2e.conftest import Caller, Fleet
+from tests.e2e.operated import Operated, lines, operated
 from tests.integration.calendar_kit import free, said
 
 PERIOD_S = 3
@@ -27,8 +29,8 @@ QUICK = {
 
 
 @pytest.fixture(scope="module")
-def ring() -> Iterator[Ready]:
-    with up(**QUICK) as ready:
+def ring() -> Iterator[Operated]:
+    with operated(**QUICK) as ready:
         yield ready
 
 
@@ -120,3 +122,57 @@ async def test_at_its_ceiling_a_session_is_asked_to_save_and_every_tick_runs(lea
     row = await seen(lead, schedule)
     assert row["counts"]["ceiling"] == row["counts"]["failed"] == row["counts"]["missed"] == 0
     print(f"{name}: asked at its ceiling, {row['fires']} fires: {row['counts']}")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "states"),
+    [
+        (("checkpoint=ignore",), ["checkpoint_sent", "stop_sent"]),
+        (("checkpoint=ignore", "stop=ignore"), ["checkpoint_sent", "stop_sent", "kill_ordered"]),
+        (("checkpoint=ignore", "stop=ignore", "sigterm=ignore"), ["checkpoint_sent", "stop_sent", "kill_ordered"]),
+    ],
+    ids=["ignores the checkpoint", "ignores the stop too", "ignores SIGTERM too"],
+)
+async def test_what_ignores_its_checkpoint_is_stopped_and_what_ignores_the_stop_is_killed(
+    lead: Caller, ring: Operated, behaviour: tuple[str, ...], states: list[str]
+) -> None:
+    """C-K1, C-K14: the ticks run however little the agent hears; the bounds of I6 are printed beside what was seen."""
+    name = f"w-{uuid4().hex[:8]}"
+    record = ring.let_run(name, *behaviour)
+    ceiling_s, grace_s, stop_grace_s = 2 * PERIOD_S, 2, 2
+    assert (await lead.call("POST", "/registry/register", {"id": name, "url": ""})).status == 200
+    rules = {"session_ceiling_s": ceiling_s, "checkpoint_grace_s": grace_s, "stop_grace_s": stop_grace_s}
+    reply = await lead.call("PATCH", f"/workspaces/{name}", {**rules, "runtime": {"driver": "process"}})
+    assert reply.status == 200, reply.body
+
+    async def is_up() -> bool:
+        return bool((await seen(lead, f"/workspaces/{name}"))["heartbeat_age_s"] is not None)
+
+    await until(is_up)
+    begun = time.monotonic()
+    first = asyncio.create_task(lead.send(name, "six hours"))
+    schedule = await planned(lead, name, prompt="look")
+    noted: dict[str, float] = {}
+
+    async def ticks() -> bool:
+        shown = await seen(lead, f"/workspaces/{name}")
+        session = shown["session"]
+        is_first = session is not None and session["schedule_id"] is None
+        if is_first and session["state"] != "running":
+            noted.setdefault(session["state"], time.monotonic() - begun)
+        if noted and not is_first:
+            noted.setdefault("gone", time.monotonic() - begun)
+        return any(line["event"] == "begin" and line["text"] == "look" for line in lines(record))
+
+    try:
+        await until(ticks, within_s=90)
+        noted["next tick"] = time.monotonic() - begun
+        await first
+        assert [state for state in noted if state in {"checkpoint_sent", "stop_sent", "kill_ordered"}] == states
+        print(f"{name}: after " + ", ".join(f"{what} {at:.1f} s" for what, at in noted.items()) + f"; bounds: stop "
+              f"{ceiling_s + grace_s + 1} s (ceiling, grace, a sweep), gone {stop_grace_s} s, the stop timeout of 1 s "
+              "and the next heartbeat after it")  # fmt: skip
+    finally:
+        await lead.call("PATCH", f"/workspaces/{name}", {"desired": "stopped"})
+        await lead.call("POST", f"{schedule}/pause")
+        ring.end(name)

@@ -125,9 +125,9 @@ def said(received: Any) -> dict[str, Any]:
 
 
 def free(worker: Agent) -> None:
-    """Let the agent's turns end now."""
+    """Let the agent's turns end now, as if their work were done."""
     for turn in [*worker._state.turns._running]:
-        turn.cancel()
+        turn._asked.set()
 
 
 @asynccontextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import aio_pika
 import pytest
@@ -12,10 +14,13 @@ import pytest
 from shared.broker import Publisher, open_publisher
 from shared.consumer import Reader
 from shared.database import Connection, Pool, open_pool
-from shared.facts import SessionStop
+from shared.facts import SessionGate, SessionStop
 from shared.inbox import Inbox
 from shared.settings import SharedSettings
 from tests.conftest import Stack
+
+if TYPE_CHECKING:
+    from tests.integration.dockerd_kit import Engine
 
 EFFECTS = "CREATE TABLE effects (session_id text NOT NULL, times int NOT NULL DEFAULT 1, seen_by text)"
 
@@ -25,7 +30,14 @@ def stop(session_id: str, *, reason: str = "r") -> SessionStop:
     return SessionStop(workspace_id="w1", rev=1, session_id=session_id, incarnation=1, reason=reason)
 
 
-async def write_effects(connection: Connection, facts: Sequence[SessionStop]) -> None:
+def gate(session_id: str) -> SessionGate:
+    """A fact that nobody but the queue service reads: without its queue it can go nowhere."""
+    return SessionGate(
+        workspace_id="w1", rev=1, session_id=session_id, incarnation=1, closed=True, gate_until=datetime.now(UTC)
+    )
+
+
+async def write_effects(connection: Connection, facts: Sequence[SessionStop | SessionGate]) -> None:
     """A handler with an effect that counts: one row per fact and application."""
     await connection.executemany("INSERT INTO effects (session_id) VALUES ($1)", [(fact.session_id,) for fact in facts])
 
@@ -67,6 +79,14 @@ async def clean(stack: Stack) -> AsyncIterator[Stack]:
     await purge(stack)
 
 
+@pytest.fixture(scope="session")
+def dockerd() -> Iterator[Engine]:
+    """This worker's own dockerd: tests freeze it."""
+    from tests.integration.dockerd_kit import engine_or_reason  # noqa: PLC0415 - two clients of Docker load slowly
+
+    yield from engine_or_reason()
+
+
 async def make_clean(stack: Stack) -> None:
     async with open_pool(stack.settings()) as pool:
         await pool.execute(f"DROP TABLE IF EXISTS effects; {EFFECTS}; TRUNCATE dead_letters, outbox, inbox")
@@ -77,7 +97,7 @@ async def purge(stack: Stack) -> None:
     connection = await aio_pika.connect(stack.amqp_url)
     async with connection:
         channel = await connection.channel()
-        for name in ("queue.session.stop", "queue.message.busy", "queue.workspace.heartbeat"):
+        for name in ("queue.session.stop", "queue.session.gate", "queue.message.busy", "queue.workspace.heartbeat"):
             try:
                 queue = await channel.get_queue(name)
             except aio_pika.exceptions.ChannelNotFoundEntity:

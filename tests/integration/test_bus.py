@@ -17,10 +17,19 @@ from shared import topology
 from shared.batches import encode, encode_batch
 from shared.broker import NotPublished, Publisher, PublishUnknown, open_publisher
 from shared.database import Connection
-from shared.facts import ItemChanged, ItemKept, ItemStatus, MessageBusy, SessionStop, WorkspaceHeartbeat, routing_key
+from shared.facts import (
+    ItemChanged,
+    ItemKept,
+    ItemStatus,
+    MessageBusy,
+    SessionGate,
+    SessionStop,
+    WorkspaceHeartbeat,
+    routing_key,
+)
 from shared.topology import Kind, Route
 from tests.conftest import Stack, until
-from tests.integration.conftest import Replica, replica, stop, write_effects
+from tests.integration.conftest import Replica, gate, replica, stop, write_effects
 
 
 def three_times(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,15 +138,15 @@ async def test_a_tell_that_raises_blocks_nothing(clean: Stack) -> None:
 async def test_a_queue_that_is_deleted_under_its_reader_is_read_on(clean: Stack) -> None:
     """B-26."""
     async with replica(clean) as one, _channel(clean) as channel:
-        one.reader.store(SessionStop, write_effects)
+        one.reader.store(SessionGate, write_effects)
         await one.reader.start()
-        await one.publisher.publish(stop("before"))
+        await one.publisher.publish(gate("before"))
         await until(lambda: _has(one, ["before"]))
-        await channel.queue_delete("queue.session.stop")
+        await channel.queue_delete("queue.session.gate")
 
         async def published() -> bool:
             try:
-                await one.publisher.publish(stop("after"))
+                await one.publisher.publish(gate("after"))
             except NotPublished:  # nobody has made the queue again yet
                 return False
             return True
@@ -197,11 +206,11 @@ async def test_only_what_nobody_says_again_is_written_to_disk(clean: Stack) -> N
 async def test_a_fact_without_a_queue_is_not_published(clean: Stack) -> None:
     """B-28: an unroutable publish returns quietly unless one asks."""
     async with replica(clean) as one, _channel(clean) as channel:
-        await channel.queue_delete("queue.session.stop")
+        await channel.queue_delete("queue.session.gate")
         with pytest.raises(NotPublished, match="refused"):
-            await one.publisher.publish(stop("nowhere"))
+            await one.publisher.publish(gate("nowhere"))
         await topology.declare(channel)
-        await one.publisher.publish(stop("somewhere"))
+        await one.publisher.publish(gate("somewhere"))
 
 
 async def test_a_full_queue_is_not_published(clean: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from shared.broker import Publisher, open_publisher
 from shared.database import Pool, open_pool
-from shared.facts import KillDone, WorkspaceStatus
+from shared.facts import FLEET, KillDone, ProxyBeat, WorkspaceStatus
 from tests.conftest import Stack, until
 from tests.integration.liveness_kit import (
     AgentsFile,
@@ -140,6 +140,8 @@ async def test_a_paused_agent_that_ends_stays_down_until_it_is_resumed(
         await until(lambda: _looked_since(rows, "w1"))
         assert not agents.runs("w1")
         assert len(await restart_rows(rows, "w1")) == 1
+        await bus.publish(ProxyBeat(workspace_id=FLEET, rev=1, proxy_id="p1"))
+        await until(lambda: _is_heard(rows))
         await rows.execute("UPDATE agents SET restarted_at = NULL, heard_at = NULL")
         await bus.publish(change("w1", rev=6, incarnation=2))
         await until(lambda: _is(agents.runs("w1")))
@@ -174,6 +176,10 @@ async def _is_up(rows: Pool, workspace_id: str) -> bool:
 
 async def _is_there(rows: Pool, workspace_id: str) -> bool:
     return await rows.fetchval("SELECT true FROM agents WHERE workspace_id = $1", workspace_id) is True
+
+
+async def _is_heard(rows: Pool) -> bool:
+    return await rows.fetchval("SELECT true FROM proxies") is True
 
 
 async def _looked_since(rows: Pool, workspace_id: str) -> bool:

@@ -70,6 +70,32 @@ async def test_a_new_boot_id_is_a_new_life_and_an_old_process_changes_nothing(fr
     assert incarnation(front, name) == 4
 
 
+async def test_a_process_that_beats_and_never_registered_does_not_look_well(front: Proxy) -> None:
+    """A-L-11: its registration is refused, its beats pass; what is sent to it goes to the url of the one before it."""
+    name = fresh()
+    token = (await front.register(name, "http://127.0.0.1:9/", boot_id="b1"))["auth_token"]
+    assert (await front.beat(name, token, boot_id="b1")).status == 200
+    assert (await front.call("GET", f"/workspaces/{name}")).json()["status_reason"] == "it can take a message"
+    wrong = await front.call("POST", "/registry/register", {"id": name, "boot_id": "b2"}, token="a rotated one")
+    assert wrong.status == 401
+    before = await _unregistered(front)
+    for _ in range(2):
+        assert (await front.beat(name, token, boot_id="b2")).status == 200
+    shown = (await front.call("GET", f"/workspaces/{name}")).json()
+    assert (shown["status"], "has not registered" in shown["status_reason"]) == ("online", True)
+    assert await _unregistered(front) == before + 2
+    await front.call("POST", "/registry/register", {"id": name, "boot_id": "b2"}, token=token)
+    assert (await front.beat(name, token, boot_id="b2")).status == 200
+    assert (await front.call("GET", f"/workspaces/{name}")).json()["status_reason"] == "it can take a message"
+    assert await _unregistered(front) == before + 2
+
+
+async def _unregistered(front: Proxy) -> float:
+    text = (await front.call("GET", "/metrics", token=None)).body.decode()
+    line = next(each for each in text.splitlines() if each.startswith("bide_proxy_unregistered_heartbeats_total "))
+    return float(line.split()[1])
+
+
 def incarnation(front: Proxy, name: str) -> int:
     found = front.copies.registry.find(name)
     assert found is not None

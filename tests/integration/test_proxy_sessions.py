@@ -92,7 +92,7 @@ async def test_a_directive_reaches_the_agent_at_any_replica_and_ends_with_its_ac
     name = fresh()
     async with (
         proxy(stack) as other,
-        agent(name, bide=front.url, token=ADMIN, heartbeat_s=30.0) as worker,
+        agent(name, bide=front.url, token=ADMIN, heartbeat_s=30.0, behaviour={"control": False}) as worker,
     ):
         await worker.until(lambda: worker.beats > 0)
         asked = directive(name)

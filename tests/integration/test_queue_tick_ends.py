@@ -114,7 +114,7 @@ async def test_a_tick_that_fails_says_why_and_the_next_one_runs(
 
 
 async def test_a_tick_has_the_ceiling_of_its_schedule(days: Calendar, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deliver, "CEILING_SLACK_S", 0.0)
+    monkeypatch.setattr(deliver, "TURN_SLACK_S", 0.0)
     name, schedule = fresh()
     async with agent(name, work_s=LONG) as worker:
         await days.front.register(name, worker.url)

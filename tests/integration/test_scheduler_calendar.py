@@ -22,6 +22,7 @@ MIN = timedelta(minutes=1)
 
 
 async def test_a_schedule_is_created_once_however_often_it_is_said(calendar: Calendar) -> None:
+    """A-S-10: and its prompt has the line ends that agents expect, whatever the caller's editor makes."""
     create = query("create", uuid7(), body=whole(name="a", prompt="one\r\ntwo\rthree"))
     status, first = (await calendar.ask(create))[0]
     assert (status, first["rev"], first["prompt"]) == (201, 1, "one\ntwo\nthree")
@@ -307,6 +308,30 @@ async def test_each_fire_ends_once_and_the_outcomes_are_the_fires(calendar: Cale
     assert [row[outcome] for outcome in outcomes] == [1] * 7
     assert row["fires_total"] == 7
     assert [fire["outcome"] for fire in await calendar.fires(schedule_id)] == outcomes
+
+
+async def test_what_is_shown_of_runs_and_of_what_comes_next_is_what_happened(calendar: Calendar) -> None:
+    """A-S-06: at each step, also after edits: no count and no moment is left over from before."""
+    schedule_id = await fired(calendar, 5)
+    outcomes = ("delivered", "skipped", "ceiling", "coalesced", "failed")
+    began = [T0 + number * MIN + timedelta(seconds=2) for number in range(5)]
+    runs = 0
+    shown: dict[str, Any] = {}
+    for tick, outcome, moment in zip(await calendar.ticks(), outcomes, began, strict=True):
+        ran = outcome in {"delivered", "ceiling", "failed"}
+        runs += ran
+        await calendar.settle(settled(tick, outcome, began_at=moment if ran else None))
+        _, shown = await calendar.do("show", schedule_id)
+        assert shown["run_count"] == runs
+        assert shown["next_fire_at"] == "2026-03-01T12:05:00Z"
+    assert shown["last_ran_at"] == "2026-03-01T12:04:02Z"
+    assert (shown["fires"], shown["counts"]) == (5, {**dict.fromkeys(outcomes, 1), "missed": 0, "canceled": 0})
+    _, same = await calendar.do("patch", schedule_id, body={"prompt": "q"})
+    assert same["next_fire_at"] == "2026-03-01T12:05:00Z"
+    _, moved = await calendar.do("patch", schedule_id, body={"cron": "0 4 * * *"})
+    assert moved["next_fire_at"] > datetime.now(UTC).isoformat()
+    assert moved["next_fire_at"].endswith("T04:00:00Z")
+    assert (moved["run_count"], moved["last_ran_at"]) == (runs, shown["last_ran_at"])
 
 
 async def test_bounces_are_those_since_the_last_run_in_whatever_order_they_are_told(calendar: Calendar) -> None:

@@ -14,7 +14,7 @@ __all__ = ["calendar"]
 
 
 async def test_twelve_fires_in_one_session_run_once_with_the_newest_prompt(calendar: Calendar, stack: Stack) -> None:
-    """B-33 C-B1 C-V2: twelve bounces are seen, one tick runs, and it stands for all of them."""
+    """B-33 C-B1 C-V2 A-S-05 A-S-14: twelve bounces are seen, one tick runs, and it stands for all of them."""
     name, schedule_id = f"w-{uuid4().hex[:8]}", uuid4()
     async with (
         door(stack) as front,

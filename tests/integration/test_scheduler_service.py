@@ -67,8 +67,8 @@ async def asker(stack: Stack) -> AsyncIterator[Asker]:
 
 
 @asynccontextmanager
-async def process(stack: Stack) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`python -m services.scheduler`; ready when it comes."""
+async def process(stack: Stack, *module: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`python -m services.scheduler`, or what stands for it; ready when it comes."""
     settings = stack.settings("scheduler")
     environ = {name: value for name, value in os.environ.items() if not name.startswith("BIDE_")}
     own = {
@@ -77,8 +77,9 @@ async def process(stack: Stack) -> AsyncIterator[asyncio.subprocess.Process]:
         "BIDE_DRAIN_S": "1",
     }
     running = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.scheduler", cwd=ROOT, env={**environ, **own}, stderr=asyncio.subprocess.PIPE
-    )
+        sys.executable, "-m", *(module or ("services.scheduler",)), cwd=ROOT, env={**environ, **own},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
     assert running.stderr is not None
     try:
         async with asyncio.timeout(60):

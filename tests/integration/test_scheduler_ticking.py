@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import pytest
 
-from shared.database import open_pool
-from tests.conftest import Stack, until
+from services.scheduler.store import SQL
+from shared.database import load_queries, open_pool
+from tests.conftest import ROOT, Stack, until
 from tests.integration.scheduler_kit import (
     T0,
     Calendar,
@@ -24,6 +26,7 @@ from tests.integration.scheduler_kit import (
 __all__ = ["calendar"]
 
 MIN = timedelta(minutes=1)
+OUTBOX = load_queries(ROOT / "shared" / "queries.sql")
 STATEMENTS = 14
 """More than a turn has: begin, claim, fires, schedules, outbox, commit, and the look for what comes next."""
 
@@ -225,13 +228,18 @@ async def test_old_fires_are_forgotten_and_open_ones_are_not(calendar: Calendar)
     assert await calendar.pool.fetchval("SELECT count(*) FROM schedules") == 0
 
 
+async def test_who_changed_what_is_forgotten_after_a_year(calendar: Calendar) -> None:
+    await calendar.create()
+    for days, left in ((364, 1), (366, 0)):
+        await calendar.ticking.forget(datetime.now(UTC) + timedelta(days=days))
+        assert await calendar.pool.fetchval("SELECT count(*) FROM audit") == left
+
+
 async def test_the_claim_goes_along_its_index(calendar: Calendar) -> None:
     """C-S3: what is not due costs nothing, also where most schedules are paused."""
     await many(calendar.pool, 20_000, T0 + timedelta(days=1))
     await calendar.pool.execute("UPDATE schedules SET next_fire_at = NULL, due_at = NULL WHERE workspace_id <> 'w1'")
     await calendar.pool.execute("ANALYZE schedules")
-    from services.scheduler.store import SQL  # noqa: PLC0415
-
     for name, arguments in (("claim_due", (500, T0)), ("next_due_in", (T0,))):
         async with calendar.pool.acquire() as connection:
             plan = await connection.fetch(f"EXPLAIN (ANALYZE, BUFFERS) {_filled(SQL[name], arguments)}")
@@ -240,8 +248,33 @@ async def test_the_claim_goes_along_its_index(calendar: Calendar) -> None:
         assert "Seq Scan" not in lines, lines
 
 
+async def test_plans_that_were_made_while_nothing_was_there_go_along_indexes_too(
+    calendar: Calendar, admin: asyncpg.Connection[asyncpg.Record]
+) -> None:
+    """C-S1: a service keeps its plans. One for an empty outbox compared each of its rows with each of the claimed."""
+    await admin.execute("VACUUM (ANALYZE) scheduler.outbox, scheduler.schedules, scheduler.fires")
+    statements: dict[str, tuple[str, tuple[object, ...]]] = {
+        "claim_outbox": (OUTBOX["claim_outbox"], (500, 30, T0)),
+        "delete_outbox": (OUTBOX["delete_outbox"], ([1, 2, 3],)),
+        "release_outbox": (OUTBOX["release_outbox"], ([1, 2, 3], T0)),
+        "claim_due": (SQL["claim_due"], (500, T0)),
+        "lock_schedules": (SQL["lock_schedules"], ([],)),
+        "bounce_fires": (SQL["bounce_fires"], ([], [])),
+        "settle_fires": (SQL["settle_fires"], ([],) * 6),
+        "settle_schedules": (SQL["settle_schedules"], ([],) * 13),
+        "advance_schedules": (SQL["advance_schedules"], ([],) * 8),
+    }
+    async with calendar.pool.acquire() as connection:
+        for name, (statement, arguments) in statements.items():
+            plan = await connection.fetch(f"EXPLAIN {_filled(statement, arguments)}")
+            lines = "\n".join(row[0] for row in plan)
+            assert not re.search(r"Seq Scan|Hash Join|Merge Join|Join Filter: .*id = ", lines), f"{name}\n{lines}"
+
+
 def _filled(statement: str, arguments: tuple[object, ...]) -> str:
-    for number, value in enumerate(arguments, 1):
+    for number, value in reversed(list(enumerate(arguments, 1))):
         said = f"'{value}'::timestamptz" if isinstance(value, datetime) else str(value)
+        if isinstance(value, list):
+            said = f"'{{{','.join(map(str, value))}}}'"
         statement = statement.replace(f"${number}", said)
     return statement

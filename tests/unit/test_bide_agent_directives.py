@@ -287,6 +287,16 @@ async def test_a_foreign_session_is_the_agents_own_work(
     await agent.until(lambda: agent.active == left)
 
 
+async def test_before_a_restart_all_that_runs_is_saved(agent: Agent) -> None:
+    """A-L-19: no session is meant, for the whole process ends."""
+    agent.behave(save_s=0.01)
+    async with sending(agent):
+        agent.busy_for(600, 1)
+        assert agent.active == 2
+        assert await direct(agent, "checkpoint", reason="restart", session_id="restart:w1:3:8") == (200, "saving")
+        await agent.until(lambda: agent.active == 0)
+
+
 async def test_a_save_of_earlier_foreign_work_leaves_later_work_alone(agent: Agent) -> None:
     agent.behave(save_s=0.01)
     agent.busy_for(600)

@@ -156,7 +156,7 @@ def test_snapshots_that_never_become_complete_are_forgotten() -> None:
     backlogs = Backlogs()
     for _ in range(100):
         backlogs.hear_part(snapshot(1, parts=2))
-    assert len(backlogs._partial) <= 9
+    assert len(backlogs._assembly._partial) <= 9
 
 
 # ── keeps ────────────────────────────────────────────────────────────────────────────────────────────────────────────

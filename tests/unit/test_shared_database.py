@@ -7,7 +7,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from shared.database import Trouble, backoff_s, classify, load_queries
+from shared.database import Trouble, backoff_s, classify, in_words, load_queries
 from shared.migrate import MigrationError, read_migrations
 
 
@@ -44,6 +44,18 @@ from shared.migrate import MigrationError, read_migrations
 )
 def test_an_error_means(error: Exception, trouble: Trouble | None) -> None:
     assert classify(error) is trouble
+
+
+def test_what_is_said_of_an_error_holds_none_of_the_data() -> None:
+    """Postgres shows the row behind the first line, asyncpg the argument: either may be a prompt, and is not logged."""
+    row = asyncpg.CheckViolationError("violates check constraint")
+    row.detail = "Failing row contains (1, a secret)."
+    assert "a secret" in str(row)
+    assert in_words(row) == "CheckViolationError: violates check constraint"
+    argument = asyncpg.DataError("invalid input for query argument $2: 'a secret' (expected int)")
+    assert in_words(argument) == "DataError: invalid input for query argument $2"
+    assert in_words(ConnectionRefusedError("[Errno 111] refused: 127.0.0.1")).endswith("refused: 127.0.0.1")
+    assert len(in_words(KeyError("x" * 1000))) == 300
 
 
 def test_backoff_grows_and_ends() -> None:

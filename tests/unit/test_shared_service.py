@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
 from shared.http import health_app
-from shared.loops import Loop, turning
+from shared.loops import Loop, LoopSilent, turning
 from shared.settings import SharedSettings
 from shared.telemetry import Health, log, start_logging
 
@@ -49,6 +49,32 @@ async def test_livez_touches_no_dependency() -> None:
     health = Health()
     health.add("postgres", never)
     assert (await get(health, "/livez"))[0] == 200
+
+
+async def test_livez_tells_of_a_loop_that_hangs_and_not_of_one_that_fails() -> None:
+    """D-S26, C-R6: a decision loop that no longer turns is noticed by whoever supervises; an outage is no reason."""
+    hanging, failing = Loop("hanging", _hangs), Loop("failing", _refused)
+    health = Health()
+    for loop in (hanging, failing):
+        health.add_pulse(loop.name, loop.age_s, limit_s=0.3)
+    async with turning([hanging, failing]):
+        assert (await get(health, "/livez"))[0] == 200
+        async with asyncio.timeout(5):
+            while (await get(health, "/livez"))[0] == 200:
+                failing.wake()
+                await asyncio.sleep(0.01)  # time is what is tested
+        status, body = await get(health, "/livez")
+    assert status == 503
+    assert set(json.loads(body)) == {"status", "hanging"}
+
+
+async def _hangs() -> float:
+    await asyncio.Event().wait()
+    return 0.0
+
+
+async def _refused() -> float:
+    raise ConnectionRefusedError("refused")
 
 
 async def test_readyz_names_what_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +153,28 @@ async def test_a_wake_during_a_turn_is_not_lost() -> None:
     loop = Loop("test_wake", work)
     async with turning([loop]), asyncio.timeout(5):
         await twice.wait()
+
+
+async def test_a_loop_that_does_not_come_through_is_not_ready() -> None:
+    """C-R6: whatever it waits for; asked in between, one that only sleeps is well."""
+    stuck, turned = asyncio.Event(), asyncio.Event()
+
+    async def work() -> float:
+        turned.set()
+        await stuck.wait()
+        return 3600
+
+    loop = Loop("test_silent", work)
+    async with turning([loop]), asyncio.timeout(5):
+        await turned.wait()
+        await loop.probe(60)
+        with pytest.raises(LoopSilent, match="no turn"):
+            await loop.probe(0)
+        before = REGISTRY.get_sample_value("bide_loop_last_turn_timestamp_seconds", {"loop": "test_silent"})
+        stuck.set()
+        while REGISTRY.get_sample_value("bide_loop_last_turn_timestamp_seconds", {"loop": "test_silent"}) == before:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await loop.probe(1)
 
 
 @pytest.fixture

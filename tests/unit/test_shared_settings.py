@@ -37,7 +37,9 @@ def test_an_unknown_name_is_refused(name: str, sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["BIDE_TEST_STACK", "BIDE_LOCAL_CACHE", "BIDE_PROXY_ANYTHING", "PATH"])
+@pytest.mark.parametrize(
+    "name", ["BIDE_TEST_STACK", "BIDE_NO_DOCKERD", "BIDE_LOCAL_CACHE", "BIDE_PROXY_ANYTHING", "PATH"]
+)
 def test_names_of_others_are_left_to_them(name: str) -> None:
     load("queue", Settings, {**MINIMAL, name: "1"})
 

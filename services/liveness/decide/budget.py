@@ -30,7 +30,7 @@ class Plan:
     life: Life
 
 
-def plan(life: Life, reason: Reason, recent: int, now: datetime) -> Plan:
+def plan(life: Life, reason: Reason, recent: int, now: datetime, *, backoff_s: float = BACKOFF_FIRST_S) -> Plan:
     """Say when a restart that was decided now may happen. `recent`: budgeted restarts of the last 600 s."""
     if reason in UNBUDGETED:
         return Plan(now, "at once: it was ordered", life)
@@ -40,15 +40,15 @@ def plan(life: Life, reason: Reason, recent: int, now: datetime) -> Plan:
     stable = life.restarted_at is None or (now - life.restarted_at).total_seconds() >= STABLE_S
     if stable or life.restarted_at is None:
         return Plan(now, "at once: the first in a while", replace(life, backoffs=0))
-    wait_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(life.backoffs, 10))
+    wait_s = min(BACKOFF_MAX_S, backoff_s * 2 ** min(life.backoffs, 10))
     due_at = max(now, life.restarted_at + timedelta(seconds=wait_s))
     words = f"not before {due_at:%H:%M:%S}, {wait_s:.0f} s after the last"
     return Plan(due_at, words, replace(life, backoffs=life.backoffs + 1))
 
 
-def retry_s(tries: int) -> float:
-    """How long until a driver call that failed is made again: 10 s doubling to 300 s. `tries` counts from 1."""
-    return float(min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(max(tries - 1, 0), 10)))
+def retry_s(tries: int, *, backoff_s: float = BACKOFF_FIRST_S) -> float:
+    """How long until a driver call that failed is made again: doubling, to 300 s. `tries` counts from 1."""
+    return float(min(BACKOFF_MAX_S, backoff_s * 2 ** min(max(tries - 1, 0), 10)))
 
 
 def fleet_max(agents: int) -> int:

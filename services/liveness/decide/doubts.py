@@ -16,16 +16,15 @@ BEATERS_MIN = 3
 
 
 def doubt_of(
-    *, agents: int, suspects: int, is_suspect: bool, expected: int, last_beat_at: datetime | None, cadence_s: float,
+    *, agents: int, suspects: int, expected: int, last_beat_at: datetime | None, cadence_s: float,
     listening_since: datetime | None, self_slow: bool, wedged_after_s: float, now: datetime,
 ) -> Doubt:  # fmt: skip
     """Weigh what all agents of an engine look like now.
 
-    `suspects`: those that turned suspect in the last 30 s; the one that is judged is the next, unless `is_suspect`.
+    `suspects`: those that turned suspect in the last 30 s, with all that look dead now.
     `expected`: agents that send beats. `listening_since`: since when proxies are heard; None: none is.
     """
-    counted = suspects + (not is_suspect)
-    many = counted >= SUSPECTS_MIN and counted * SUSPECT_SHARE >= agents
+    many = suspects >= SUSPECTS_MIN and suspects * SUSPECT_SHARE >= agents
     silent_s = (now - last_beat_at).total_seconds() if last_beat_at is not None else 0.0
     mute = expected >= BEATERS_MIN and silent_s > min(max(FLOOR_S, 2 * cadence_s), CEILING_S)
     return Doubt(

@@ -65,6 +65,8 @@ class Life:
     suspected_last_at: datetime | None = None
     suspicions: int = 0
     blind_since: datetime | None = None
+    known: bool = False
+    """Its driver has seen it, or started it."""
     container_id: str | None = None
     started_at: datetime | None = None
     boot_until: datetime | None = None
@@ -74,6 +76,7 @@ class Life:
     backoffs: int = 0
     unheard: int = 0
     restarted_at: datetime | None = None
+    forgiven_at: datetime | None = None
 
     @property
     def window_s(self) -> float:
@@ -122,9 +125,7 @@ def registered(
         cadence_s=fact.heartbeat_interval_s,
     )
     if (after.driver, after.runtime) != (before.driver, before.runtime):
-        after = replace(after, container_id=None, started_at=None, boot_until=None, blind_since=None)
-    if before.desired == "stopped" and after.desired == "running" and after.status is Status.OFFLINE:
-        after = believed(after, Status.ONLINE, "")
+        after = replace(after, known=False, container_id=None, started_at=None, boot_until=None, blind_since=None)
     if after.paused:
         after = believed(after, Status.PAUSED, "it was paused by its owner or an operator")
     elif after.status is Status.PAUSED:
@@ -162,7 +163,14 @@ def reborn(life: Life, incarnation: int, now: datetime) -> Life:
         next_check_at=now if life.driver is not None else None,
     )
     after = replace(after, heard_at=now, boot_until=None, unheard=0)
+    if life.status is Status.GAVE_UP:
+        after = forgiven(after, now)
     return after if after.status in {Status.PAUSED, Status.REMOVED} else believed(after, Status.ONLINE, "")
+
+
+def forgiven(life: Life, now: datetime) -> Life:
+    """Hold no earlier restart against it: an operator, or another life after it was given up."""
+    return replace(life, forgiven_at=now, backoffs=0, unheard=0)
 
 
 def heard(life: Life, now: datetime) -> Life:

@@ -67,6 +67,8 @@ class _Started:
     start_ticks: int
     machine: str
     """Boot id of the machine: pids mean nothing beyond it."""
+    at: float
+    """Seconds since 1970; written down, for each reading of the clocks would give another."""
 
     @property
     def mark(self) -> Mark:
@@ -196,7 +198,7 @@ class ProcessDriver:
             )
         child.returncode = 0  # from here on it is ours to reap; Popen would complain of one that outlives us
         self._children.add(child.pid)
-        started = _Started(fence, child.pid, read_stat(child.pid).start_ticks, _machine())
+        started = _Started(fence, child.pid, read_stat(child.pid).start_ticks, _machine(), time.time())
         self._remember(workspace_id, started)
         return started
 
@@ -214,6 +216,8 @@ class ProcessDriver:
         try:
             written = tomllib.loads(self._agents_file.read_text(encoding="utf-8"))
             return Agents.model_validate(written).agents.get(workspace_id)
+        except FileNotFoundError:
+            return None
         except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
             raise DriverError(f"{self._agents_file} cannot be used: {error}") from error
 
@@ -245,7 +249,7 @@ class ProcessDriver:
             with contextlib.suppress(OSError):
                 stat = read_stat(pid)
                 if stat.session == pid and stat.state not in "ZX":
-                    yield _Started(fence, pid, stat.start_ticks, _machine())
+                    yield _Started(fence, pid, stat.start_ticks, _machine(), _moment(stat.start_ticks))
 
     def _left_by(self, workspace_id: str) -> Sequence[Mark]:
         """Everything that an agent of this workspace started and that still runs."""
@@ -296,7 +300,7 @@ class ProcessDriver:
 
 
 def _observe(started: _Started) -> Observation:
-    at = _moment(started.start_ticks)
+    at = datetime.fromtimestamp(started.at, UTC)
     try:
         stat = read_stat(started.pid)
     except OSError:
@@ -324,6 +328,6 @@ def _machine() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def _moment(start_ticks: int) -> datetime:
+def _moment(start_ticks: int) -> float:
     ago_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
-    return datetime.fromtimestamp(time.time() - ago_s, UTC)
+    return round(time.time() - ago_s, 1)

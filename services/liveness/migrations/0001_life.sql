@@ -36,7 +36,8 @@ CREATE TABLE agents (
   suspected_last_at timestamptz,
   suspicions       bigint NOT NULL DEFAULT 0,
   blind_since      timestamptz,
-  -- What its driver saw or started.
+  -- What its driver saw or started; known: it has ever seen it.
+  known            boolean NOT NULL DEFAULT false,
   container_id     text,
   started_at       timestamptz,
   boot_until       timestamptz,
@@ -47,6 +48,8 @@ CREATE TABLE agents (
   backoffs         bigint NOT NULL DEFAULT 0,
   unheard          bigint NOT NULL DEFAULT 0,
   restarted_at     timestamptz,
+  -- Restarts before that are no longer held against it.
+  forgiven_at      timestamptz,
   CHECK ((suspicions = 0) = (suspected_at IS NULL)),
   CHECK (suspected_last_at >= suspected_at),
   CHECK (removed = (status = 'removed')),

@@ -41,7 +41,7 @@ from services.proxy.decide import (
     admit,
     route,
 )
-from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, forward
+from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, forward_within
 from services.proxy.metrics import ATTACHED, FORWARDED, FORWARDS_RUNNING, STALE_COPY
 from services.proxy.settings import Settings
 from shared.a2a import Envelope, Verb
@@ -205,6 +205,7 @@ class A2A:
                 return ending
 
     async def _forward(self, request: Request, message: Message, workspace: Workspace) -> Ending:
+        bound = asyncio.timeout(None)
         live = LiveForward(
             message.workspace_id,
             message.queue_word,  # as the agent gets it: X-Bide-Session
@@ -212,6 +213,8 @@ class A2A:
             time.time(),
             method=message.envelope.method,
             task_id=_agents_task(message),
+            incarnation=workspace.incarnation,
+            bound=bound,
         )
         outgoing = self._addresser.outgoing(
             request, workspace, message.body, hops=message.hops, queue_id=message.queue_word
@@ -222,7 +225,8 @@ class A2A:
         FORWARDS_RUNNING.inc()
         self._changed(message.workspace_id)
         try:
-            ending = await forward(self._agents, outgoing, sink, task_known=self._named(message, live))
+            named = self._named(message, live)
+            ending = await forward_within(bound, self._agents, outgoing, sink, task_known=named)
             counted = _COUNTED.get(ending.verdict.outcome, "answered")
         finally:
             FORWARDS_RUNNING.dec()

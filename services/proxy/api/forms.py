@@ -91,6 +91,7 @@ class Patch(BaseModel):
     tick_preempt_after_s: float | None = Field(default=None, ge=0, le=_WEEK_S)
     critical_preempt_after_s: float | None = Field(default=None, ge=0, le=_WEEK_S)
     restart_wedged: bool | None = None
+    cordoned: bool | None = None
     # Columns.
     paused: bool = False
     pause_note: str | None = Field(default=None, max_length=1000)

@@ -9,7 +9,7 @@ from uuid_utils.compat import uuid7
 
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Caller, Identity
-from services.proxy.api.questions import answered
+from services.proxy.api.questions import Found, answered
 from services.proxy.api.queue import page_limit, passed
 from services.proxy.api.sessions import why
 from services.proxy.api.wire import Request, Response
@@ -23,6 +23,8 @@ from shared.facts import LivenessQuery, QueryAnswered
 from shared.telemetry import log
 
 AWAY = Refuse(503, "liveness_away", "The liveness service does not answer now. Ask again.", retry_after_s=2)
+
+_AGAIN = "What was paused goes on; an agent that was given up stays down until it is resumed again."
 
 
 class Lives:
@@ -59,6 +61,16 @@ class Lives:
         caller = await self._operator(request, workspace_id)
         return await self._ask(workspace_id, "history", caller, limit=page_limit(request.query().get("limit")))
 
+    async def resume(self, workspace_id: str, caller: Caller, note: str | None) -> dict[str, object]:
+        """Tell liveness that an operator has looked: it may start again what it has given up on. Never an error.
+
+        `text` is why it will not, if it said so, or that nobody heard it.
+        """
+        found = await self._answered(workspace_id, "resume", caller, note=note or "")
+        if isinstance(found, Refuse):
+            return {"told": False, "text": f"{found.sentence} {_AGAIN}"}
+        return {"told": True, "text": found.read().get("detail")}
+
     async def _operator(self, request: Request, workspace_id: str) -> Caller:
         caller = await self._identity.require_operator(request)
         await self._finding.owned(caller, workspace_id)
@@ -73,6 +85,17 @@ class Lives:
         note: str = "",
         limit: int = 50,
     ) -> Response:
+        return passed(await self._answered(workspace_id, verb, caller, note=note, limit=limit))
+
+    async def _answered(
+        self,
+        workspace_id: str,
+        verb: Literal["history", "restart", "resume"],
+        caller: Caller,
+        *,
+        note: str = "",
+        limit: int = 50,
+    ) -> Found | Refuse:
         timeout_s = self._settings.query_timeout_s
         query = LivenessQuery(
             workspace_id=workspace_id,
@@ -86,4 +109,4 @@ class Lives:
             reply_to=self._reply_to,
         )
         found = await answered(self._copies, self._publisher, query, timeout_s)
-        return passed(found if found is not None else AWAY)
+        return found if found is not None else AWAY

@@ -12,14 +12,12 @@ from functools import lru_cache
 
 from services.proxy.api.wire import Request
 from services.proxy.copies import Copies
-from services.proxy.decide import Workspace
+from services.proxy.decide import Workspace, said_s
 from services.proxy.forward import Outgoing
 from services.proxy.settings import Settings
 from shared.agents import Limits
+from shared.settings import TURN_SLACK_S
 
-CHECKPOINT_GRACE_S, STOP_GRACE_S, SLACK_S = 120.0, 30.0, 60.0
-"""What a turn may outlast its ceiling by, where its workspace says nothing else (policies §2)."""
-CEILING_S = 1800.0
 _PASSED_ON = (b"accept", b"a2a-version", b"a2a-extensions", b"x-a2a-extensions", b"traceparent", b"tracestate")
 
 
@@ -63,19 +61,15 @@ class Addresser:
         return f"Bearer {delivery_token(secret.get_secret_value(), workspace.workspace_id)}"
 
     def _limits(self, workspace: Workspace) -> Limits:
-        ceiling_s = _said_s(workspace, "session_ceiling_s", CEILING_S)
-        checkpoint_s = _said_s(workspace, "checkpoint_grace_s", CHECKPOINT_GRACE_S)
-        stop_s = _said_s(workspace, "stop_grace_s", STOP_GRACE_S)
+        settings = self._settings
+        ceiling_s = said_s(workspace, "session_ceiling_s", settings.session_ceiling_s)
+        grace_s = said_s(workspace, "checkpoint_grace_s", settings.checkpoint_grace_s)
+        grace_s += said_s(workspace, "stop_grace_s", settings.stop_grace_s)
         return _limits(
-            self._settings.connect_timeout_s,
-            self._settings.forward_idle_s,
-            ceiling_s + checkpoint_s + stop_s + SLACK_S if ceiling_s else self._settings.forward_max_s,
+            settings.connect_timeout_s,
+            settings.forward_idle_s,
+            ceiling_s + grace_s + TURN_SLACK_S if ceiling_s else settings.forward_max_s,
         )
-
-
-def _said_s(workspace: Workspace, name: str, default_s: float) -> float:
-    said = workspace.settings.get(name)
-    return float(said) if said is not None else default_s
 
 
 @lru_cache(maxsize=256)

@@ -20,7 +20,7 @@ from services.proxy.api.wire import ModelT, Refused, Request, Response, answer, 
 from services.proxy.copies import Copies
 from services.proxy.copies.directives import shape
 from services.proxy.decide import Head, Presence, Refuse, Workspace, admit
-from services.proxy.metrics import DIRECTIVES, HEARTBEATS, INCARNATIONS
+from services.proxy.metrics import DIRECTIVES, HEARTBEATS, INCARNATIONS, UNREGISTERED
 from services.proxy.settings import Settings
 from services.proxy.store import UPTIME_SLACK_S, Audit, Enrolment, Store
 from shared.addresses import AddressRefused, AddressRules, check_url
@@ -113,6 +113,8 @@ class Registrar:
             self._acknowledge(fact)
         self._publisher.post(fact)
         HEARTBEATS.inc()
+        if workspace.is_unregistered:
+            UNREGISTERED.inc()
         directives = self._directives(workspace)
         return answer(200, {"status": "ok", "directives": directives}) if directives else Response(200, _NO_DIRECTIVES)
 
@@ -165,6 +167,8 @@ class Registrar:
         if renewed is None:
             return workspace
         self._renewed(renewed, workspace, by)
+        if renewed.is_unregistered:
+            log.warning("life_not_registered", workspace_id=workspace.workspace_id, incarnation=renewed.incarnation)
         return renewed
 
     async def _reread(self, workspace_id: str) -> Workspace:

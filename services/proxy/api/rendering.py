@@ -38,6 +38,7 @@ class CallerSink:
         self._send = send
         self._stall_s = stall_s
         self._gone = False
+        self.began = False
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]], length: int | None) -> None:
         pairs = [*headers, (b"content-length", b"%d" % length)] if length is not None else list(headers)
@@ -59,6 +60,7 @@ class CallerSink:
     async def _out(self, *messages: dict[str, object]) -> None:
         if self._gone:
             return
+        self.began = True
         try:
             async with asyncio.timeout(self._stall_s):
                 for message in messages:

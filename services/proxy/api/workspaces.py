@@ -11,6 +11,7 @@ from typing import Any
 from services.proxy.api.finding import Finding, gone
 from services.proxy.api.forms import Note, Patch
 from services.proxy.api.identity import Identity, display
+from services.proxy.api.lives import Lives
 from services.proxy.api.sessions import NOT_KNOWN, Sessions, Shown, among
 from services.proxy.api.wire import Refused, Request, Response, answer, validated
 from services.proxy.copies import Copies
@@ -28,6 +29,8 @@ PAGE_MAX = 500
 COLUMNS = frozenset({"paused", "pause_note", "desired", "runtime", "agent_authorization"})
 _OPERATORS = frozenset({"runtime", "agent_authorization"})
 """An agent's owner never chooses what liveness runs, nor as whom we speak to it."""
+_ALIVE = frozenset({"online", "busy"})
+"""Liveness says that it lives; how much it has in hand, and when it last beat, this replica knows better."""
 
 
 class Workspaces:
@@ -43,6 +46,7 @@ class Workspaces:
         store: Store,
         told: Callable[[], None],
         sessions: Sessions,
+        lives: Lives,
     ) -> None:
         self._settings = settings
         self._copies = copies
@@ -51,6 +55,7 @@ class Workspaces:
         self._store = store
         self._told = told
         self._sessions = sessions
+        self._lives = lives
 
     async def list(self, request: Request) -> Response:
         """Every workspace, by id; `cursor` is the last id of the page before."""
@@ -97,16 +102,24 @@ class Workspaces:
         return await self._write(workspace_id, {"paused": True, **named}, audit)
 
     async def resume(self, request: Request, workspace_id: str) -> Response:
+        """Let what waits go on, whatever liveness does; where an operator says it, also what was given up."""
         caller = await self._identity.require(request)
         await self._finding.owned(caller, workspace_id)
-        audit = Audit(caller.caller_id, "resume", {"note": noted(await self._body(request))})
-        return await self._write(workspace_id, {"paused": False, "pause_note": None}, audit)
+        note = noted(await self._body(request))
+        audit = Audit(caller.caller_id, "resume", {"note": note})
+        workspace = await self._patched(workspace_id, {"paused": False, "pause_note": None}, audit)
+        told = await self._lives.resume(workspace_id, caller, note) if caller.is_operator else None
+        return answer(200, {**self._show(workspace, NOT_KNOWN), "liveness": told})
 
     async def _body(self, request: Request) -> bytes:
         return await request.body(self._settings.body_bytes_max, self._settings.body_read_s)
 
     async def _write(self, workspace_id: str, changes: Mapping[str, Any], audit: Audit) -> Response:
         """Write what changes, tell everybody, and answer with the workspace as it is now."""
+        # Whoever changes a setting does not ask for its sessions.
+        return answer(200, self._show(await self._patched(workspace_id, changes, audit), NOT_KNOWN))
+
+    async def _patched(self, workspace_id: str, changes: Mapping[str, Any], audit: Audit) -> Workspace:
         workspace = await self._store.patch(workspace_id, changes, audit)
         if workspace is None:
             raise Refused(gone(self._copies.registry.find(workspace_id)))
@@ -114,7 +127,7 @@ class Workspaces:
         self._told()
         names = sorted({*changes, *changes.get("settings", {})} - {"settings"})
         log.info("workspace_changed", workspace_id=workspace_id, changed=names, rev=workspace.rev)
-        return answer(200, self._show(workspace, NOT_KNOWN))  # whoever changes a setting does not ask for them
+        return workspace
 
     async def remove(self, request: Request, workspace_id: str) -> Response:
         """Remove it for ever; twice is once."""
@@ -163,14 +176,19 @@ class Workspaces:
         said = self._copies.registry.status(workspace)
         if workspace.paused:
             return "paused", workspace.pause_note or "it was paused"
-        if said is not None:
+        if said is not None and said.status not in _ALIVE:
             return said.status, said.reason
         if workspace.settings.get("heartbeat") != "none":
             if use.beat is None:
                 return "offline", "it has not sent a heartbeat that this replica knows of"
             if not use.beat.is_fresh(now):
                 return "offline", f"its last heartbeat came {now - use.beat.at:.0f} s ago"
+        if workspace.is_unregistered:
+            return "busy" if is_full else "online", _UNREGISTERED
         return ("busy", "everything it can do at once is in use") if is_full else ("online", "it can take a message")
+
+
+_UNREGISTERED = "it beats, but this process of it has not registered: its url may be that of the last one"
 
 
 def _line(view: View, promises: Collection[Keep], now: float) -> dict[str, Any]:

@@ -6,16 +6,14 @@ and nothing running. The age counts from when it was true (`occurred_at`), not f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from uuid import UUID
 
 from shared.facts import Backlog, BacklogSnapshot, Priority, Running, WorkspaceBacklog
+from shared.snapshots import Assembly
 
 GAP_S = 10.0
 """Snapshots come every 5 s: after so long without one the queue service, or the broker, was away."""
-_PARTIAL_MAX = 8
-"""Snapshots that are not complete yet; older ones never will be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +42,6 @@ NOTHING = View()
 
 
 @dataclass(slots=True)
-class _Partial:
-    parts: dict[int, BacklogSnapshot] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class Backlogs:
     """Every workspace that ever had a backlog."""
 
@@ -59,7 +52,7 @@ class Backlogs:
     closings: set[str] = field(default_factory=set)
     """Workspaces of whose gate a new closing was heard, and not told yet that it was."""
     _views: dict[str, View] = field(default_factory=dict)
-    _partial: dict[UUID, _Partial] = field(default_factory=dict)
+    _assembly: Assembly = field(default_factory=Assembly)
 
     def view(self, workspace_id: str) -> View:
         return self._views.get(workspace_id, NOTHING)
@@ -76,17 +69,10 @@ class Backlogs:
 
     def hear_part(self, fact: BacklogSnapshot) -> list[str] | None:
         """Apply a snapshot once it is complete: the workspaces that it changed. None: parts are missing."""
-        partial = self._partial.setdefault(fact.snapshot_id, _Partial())
-        partial.parts[fact.part] = fact
-        if len(partial.parts) < fact.parts:
-            while len(self._partial) > _PARTIAL_MAX:
-                del self._partial[next(iter(self._partial))]
-            return None
-        del self._partial[fact.snapshot_id]
-        return self._apply_snapshot(partial.parts.values())
+        parts = self._assembly.add(fact)
+        return self._apply_snapshot(parts) if parts is not None else None
 
-    def _apply_snapshot(self, parts: Iterable[BacklogSnapshot]) -> list[str]:
-        parts = list(parts)
+    def _apply_snapshot(self, parts: Sequence[BacklogSnapshot]) -> list[str]:
         at = min(part.occurred_at.timestamp() for part in parts)
         named = {each.workspace_id: each for part in parts for each in part.backlogs}
         changed = [name for name, each in named.items() if self._apply(name, each, rev=each.rev, at=at)]

@@ -5,11 +5,20 @@ Facts carry neither tokens nor cards, so a workspace that a fact speaks of is al
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from services.proxy.decide import Workspace
+from services.proxy.decide import DOWN, Workspace
 from shared.facts import WorkspaceRegistered, WorkspaceRemoved, WorkspaceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A life that was declared dead, and when this replica heard it first (`time.monotonic()`)."""
+
+    incarnation: int
+    at: float
 
 
 @dataclass(slots=True)
@@ -21,6 +30,7 @@ class Registry:
     _rows: dict[str, Workspace] = field(default_factory=dict)
     _by_token: dict[bytes, str] = field(default_factory=dict)
     _statuses: dict[str, WorkspaceStatus] = field(default_factory=dict)
+    _deaths: dict[str, Death] = field(default_factory=dict)
 
     def find(self, workspace_id: str) -> Workspace | None:
         return self._rows.get(workspace_id)
@@ -81,6 +91,20 @@ class Registry:
         known = self._statuses.get(fact.workspace_id)
         if known is None or fact.rev > known.rev:
             self._statuses[fact.workspace_id] = fact
+            self._hear_death(fact)
+
+    def _hear_death(self, fact: WorkspaceStatus) -> None:
+        known = self._deaths.get(fact.workspace_id)
+        if fact.status in DOWN:
+            if known is None or fact.incarnation > known.incarnation:
+                self._deaths[fact.workspace_id] = Death(fact.incarnation, time.monotonic())
+        elif known is not None and fact.incarnation == known.incarnation and fact.status not in {"paused", "removed"}:
+            del self._deaths[fact.workspace_id]  # it was alive after all
+
+    @property
+    def deaths(self) -> Mapping[str, Death]:
+        """The last life of each agent that is over."""
+        return self._deaths
 
     def status(self, workspace: Workspace) -> WorkspaceStatus | None:
         """The last word of liveness about this life of the agent."""

@@ -6,6 +6,7 @@ Counted as things happen, so that asking costs nothing per forward that ended lo
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +46,10 @@ class LiveForward:
     """Why it was told to stop; None: it was not."""
     is_canceled: bool = False
     """Its agent was asked to cancel it, or is being asked."""
+    incarnation: int = 0
+    """The life of the agent that it went to."""
+    bound: asyncio.Timeout | None = None
+    """Ends it."""
 
 
 @dataclass(slots=True)
@@ -259,6 +264,13 @@ class Uses:
         forward.is_canceled = True
         self.to_cancel.append(forward)
         self.wake()
+
+    def hang_up(self, forward: LiveForward) -> bool:
+        """Let go of its agent. False: that was done before, or it is just ending."""
+        if forward.bound is None or forward.bound.expired():
+            return False
+        forward.bound.reschedule(asyncio.get_running_loop().time())
+        return True
 
     def is_live(self, forward: LiveForward) -> bool:
         return self.of(forward.workspace_id).own.get(forward.session_id) is forward

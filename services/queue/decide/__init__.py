@@ -19,6 +19,7 @@ from services.queue.decide.gate import (
     hear_gate,
     in_gate,
     is_abandoned,
+    is_being_let_go,
     is_engaged,
     is_named,
     live_forwards,
@@ -35,6 +36,7 @@ from services.queue.decide.line import (
     rank,
     turns,
 )
+from services.queue.decide.lives import begin_life, hear_status, is_outlived
 from services.queue.decide.ticks import (
     Admission,
     Keep,
@@ -52,6 +54,7 @@ from services.queue.decide.ticks import (
 )
 from services.queue.decide.why import Waiting, why
 from services.queue.decide.workspace import (
+    UNSAID,
     Closed,
     Ending,
     Forwards,
@@ -75,11 +78,11 @@ from services.queue.decide.workspace import (
 )
 
 __all__ = [
-    "CRITICAL_LANE", "INFO_PATIENCE_MS", "REST_LANE", "Admission", "Closed", "Ending", "Fate", "Finish", "Floors",
-    "Forwards", "Gate", "Head", "Item", "Keep", "Merge", "Outcome", "Overlap", "Place", "Reply", "Requeue", "Schedule",
-    "Settle", "Tick", "Waiting", "Workspace", "admit", "begin", "busy_wait_s", "by_priority", "closed", "closed_until",
-    "end", "fate", "foreign", "gate_until", "has_room", "hear_beat", "hear_forwards", "hear_gate", "in_gate",
-    "is_abandoned", "is_engaged", "is_named", "keep", "lane", "leave", "live_forwards", "living", "lowered",
-    "may_have_been_stopped", "merged", "outcome", "paused", "place_told", "rank", "spare", "taken", "turn_s", "turns",
-    "why", "withdrawn",
+    "CRITICAL_LANE", "INFO_PATIENCE_MS", "REST_LANE", "UNSAID", "Admission", "Closed", "Ending", "Fate", "Finish",
+    "Floors", "Forwards", "Gate", "Head", "Item", "Keep", "Merge", "Outcome", "Overlap", "Place", "Reply", "Requeue",
+    "Schedule", "Settle", "Tick", "Waiting", "Workspace", "admit", "begin", "begin_life", "busy_wait_s", "by_priority",
+    "closed", "closed_until", "end", "fate", "foreign", "gate_until", "has_room", "hear_beat", "hear_forwards",
+    "hear_gate", "hear_status", "in_gate", "is_abandoned", "is_being_let_go", "is_engaged", "is_named", "is_outlived",
+    "keep", "lane", "leave", "live_forwards", "living", "lowered", "may_have_been_stopped", "merged", "outcome",
+    "paused", "place_told", "rank", "spare", "taken", "turn_s", "turns", "why", "withdrawn",
 ]  # fmt: skip

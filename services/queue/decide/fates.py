@@ -30,6 +30,8 @@ class Item:
     agent_authorization: str | None
     at_most_once: bool
     ceiling_s: float
+    grace_s: float
+    """What it may outlast its ceiling by: both graces."""
     rev: int
     priority: Priority = Priority.TASK
     enqueued_at: float = 0.0

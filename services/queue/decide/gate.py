@@ -12,6 +12,8 @@ from dataclasses import replace
 from services.queue.decide.workspace import Forwards, Gate, Workspace, gate_until, taken
 from shared.capacity import FORWARDS_FRESH_S
 
+_LET_GO_S = 3.0
+"""How long an owner may take to see the beat by which he gives up what was told to stop."""
 _LEFT_KEPT_S = 600.0
 """How long it is remembered that a session has left: longer than any word that would put it back can be on its way."""
 
@@ -19,17 +21,26 @@ _LEFT_KEPT_S = 600.0
 def hear_gate(
     workspace: Workspace, session_id: str, *, rev: int, closed: bool, until: float, now: float
 ) -> Workspace:  # fmt: skip
-    """Apply a word about one session in the gate; an older one, or one from before it left, changes nothing."""
+    """Apply a word about one session in the gate; an older one, or one from before it left, changes nothing.
+
+    While it is closed its moment only grows, and all in it share it: an order to kill was licensed by the latest that
+    was told, and must not outlive the gate because another session left or was renewed less often.
+    """
     known = workspace.gates.get(session_id)
     if known is not None and (rev, not closed) < (known.rev, known.left):
         return workspace
-    word = Gate(rev, until) if closed else Gate(rev, now + _LEFT_KEPT_S, left=True)
+    was = gate_until(workspace, now)
+    shared = max(until, was or until)
+    word = Gate(rev, shared) if closed else Gate(rev, now + _LEFT_KEPT_S, left=True)
     if word == known:
         return workspace
-    begins = closed and until > now and gate_until(workspace, now) is None
+    begins = closed and until > now and was is None
+    others = current(workspace.gates, now)
+    if closed and until > now:
+        others = {name: gate if gate.left else replace(gate, until=shared) for name, gate in others.items()}
     return replace(
         workspace,
-        gates={**current(workspace.gates, now), session_id: word},
+        gates={**others, session_id: word},
         gate_generation=workspace.gate_generation + begins,
         rev=workspace.rev + 1,
     )
@@ -46,7 +57,7 @@ def in_gate(workspace: Workspace, now: float) -> list[str]:
 
 
 def closed_until(workspace: Workspace, proxies: Collection[str], now: float) -> float | None:
-    """Until when nothing begins there, by the queue's word and each of these proxies'; None: one has not seen it closed.
+    """Until when nothing begins there, by the queue's word and each of these proxies'; None: one has not seen it.
 
     Where no proxy is known nobody can say it: their beats may only not have come through.
     """
@@ -113,3 +124,13 @@ def is_abandoned(
     if beat_age_s is None or not ever_active or active:
         return False
     return beat_age_s <= stop_age_s - grace_s and silent_s >= stop_age_s
+
+
+def is_being_let_go(workspace: Workspace, stop_at: float | None, now: float) -> bool:
+    """Whether its owner is about to give up a delivery that was told to stop at `stop_at`, as the beats show nothing.
+
+    Until then nothing is to be killed for it. He does not where bytes still come, so it is so for a while only.
+    """
+    if stop_at is None or workspace.beat_at is None or not workspace.ever_active or workspace.beat_active:
+        return False
+    return now < stop_at + workspace.stop_grace_s + workspace.beat_cadence_s + _LET_GO_S

@@ -73,6 +73,8 @@ def _words(  # noqa: PLR0911 - a sentence each
         case Closed.PAUSED:
             since = f" for {_span(now - workspace.paused_at)}" if workspace.paused_at else ""
             return f"the workspace has been paused{since}, and its clocks stand still"
+        case Closed.OFFLINE:
+            return _DOWN[workspace.status or "offline"]
         case Closed.NO_URL:
             return "its agent has not registered yet"
         case Closed.GATE:
@@ -87,6 +89,13 @@ def _words(  # noqa: PLR0911 - a sentence each
             return f"{said} for another {_span(item.not_before - now)}"
         case None:
             return f"its agent is at {in_use}/{workspace.max_concurrent}"
+
+
+_DOWN = {
+    "offline": "its agent is dead and is being started again",
+    "restarting": "its agent has been started again and has not been heard yet",
+    "gave_up": "its agent has died too often: an operator must look",
+}
 
 
 def _span(seconds: float) -> str:

@@ -11,6 +11,11 @@ from services.queue.decide.line import CRITICAL_LANE, Floors, Place
 from shared.capacity import FORWARDS_FRESH_S, Beat, counts_as_ended, in_use
 from shared.facts import Priority
 
+DOWN = frozenset({"offline", "restarting", "gave_up"})
+"""Words of liveness for a life that is over."""
+UNSAID = ("ceiling_s", "checkpoint_grace_s", "stop_grace_s")
+"""Bounds of a turn that are the service's own where a workspace says nothing."""
+
 _KEPT_ENDS_MAX = 64
 _TURNS_MAX = 20
 
@@ -53,9 +58,22 @@ class Workspace:
     at_most_once: bool = False
     give_up_after_s: float = 86400.0
     ceiling_s: float = 1800.0
+    checkpoint_grace_s: float = 120.0
+    stop_grace_s: float = 30.0
+    unsaid: tuple[str, ...] = UNSAID
+    """Which of these three are the service's own."""
     paused: bool = False
     removed: bool = False
     incarnation: int = 0
+    life_at: float | None = None
+    """When this life of the agent was first heard of."""
+    status: str | None = None
+    """The last word of liveness about its life."""
+    status_rev: int = 0
+    dead_incarnation: int = 0
+    """The last life that was declared dead: with what came before it, nothing will come of it."""
+    dead_at: float | None = None
+    """When we heard that."""
     beat_rev: int = 0
     beat_at: float | None = None
     beat_active: int = 0
@@ -95,17 +113,21 @@ class Closed(Enum):
 
     REMOVED = "removed"
     PAUSED = "paused"
+    OFFLINE = "offline"
+    """Its agent is dead, and no other life of it has been heard."""
     NO_URL = "no_url"
     GATE = "gate"
     BUSY = "busy"
 
 
-def closed(workspace: Workspace, now: float) -> Closed | None:
+def closed(workspace: Workspace, now: float) -> Closed | None:  # noqa: PLR0911 - one for each reason, in its order
     """Say why nothing is delivered; None: the capacity decides."""
     if workspace.removed:
         return Closed.REMOVED
     if workspace.paused:
         return Closed.PAUSED
+    if workspace.status in DOWN and workspace.dead_incarnation >= workspace.incarnation:
+        return Closed.OFFLINE
     if workspace.url is None:
         return Closed.NO_URL
     if workspace.gates and gate_until(workspace, now) is not None:
@@ -184,12 +206,14 @@ def hear_beat(
     cadence_s: float,
     incarnation: int,
     maximum: int | None,
+    now: float,
     begun_after: int = 0,
 ) -> Workspace:
     """Apply a heartbeat; an older one, or one of an older incarnation, changes nothing.
 
-    `begun_after`: our running deliveries that began after the beat came in, while it was on its way to us. Some may
-    have ended again meanwhile: of those, too, both the begin and the end are counted.
+    `at` is by the clock of the proxy that it came to, `now` by ours, which gates go by. `begun_after`: our running
+    deliveries that began after the beat came in, while it was on its way to us. Some may have ended again meanwhile:
+    of those, too, both the begin and the end are counted.
     """
     if incarnation < workspace.incarnation or (incarnation == workspace.incarnation and rev <= workspace.beat_rev):
         return workspace
@@ -198,6 +222,7 @@ def hear_beat(
     heard = replace(
         workspace,
         incarnation=incarnation,
+        life_at=at if incarnation > workspace.incarnation else workspace.life_at,
         beat_rev=rev,
         beat_at=at,
         beat_active=active,
@@ -206,7 +231,7 @@ def hear_beat(
         started_since=begun_after + sum(begun > at for begun, _ in recent),
         ended_since=sum(counts_as_ended(end, at) for _, end in recent),
         ever_active=workspace.ever_active or active > 0,
-        gates={name: gate for name, gate in workspace.gates.items() if gate.until > at},
+        gates={name: gate for name, gate in workspace.gates.items() if gate.until > now},
         rev=workspace.rev + 1,
     )
     # A beat that shows room opens a workspace that answered busy.

@@ -38,6 +38,7 @@ from services.queue.store.workspaces import (
     read_active,
     save,
     save_counters,
+    set_bounds,
     shift_clocks,
 )
 
@@ -47,5 +48,5 @@ __all__ = [
     "find_lost", "find_schedules", "find_ticks", "finish", "fire_of", "insert", "insert_ended", "insert_ticks",
     "item_of", "key_of", "living_proxies", "lock", "merge_ticks", "oldest", "place_of", "read", "read_active",
     "read_prompts", "release_ticks", "requeue", "reserve_keys", "running", "save", "save_bodies", "save_counters",
-    "save_schedules", "shift_clocks", "stop",
+    "save_schedules", "set_bounds", "shift_clocks", "stop",
 ]  # fmt: skip

@@ -148,7 +148,8 @@ def item_of(row: asyncpg.Record) -> Item:
     """A row that is already ours, as the item it is."""
     workspace = Workspace(
         row["workspace_id"], url=row["url"], agent_authorization=row["agent_authorization"],
-        incarnation=row["incarnation"], ceiling_s=row["ceiling_s"],
+        incarnation=row["incarnation"], ceiling_s=row["ceiling_s"], checkpoint_grace_s=row["checkpoint_grace_s"],
+        stop_grace_s=row["stop_grace_s"],
     )  # fmt: skip
     return _item(row, workspace)
 
@@ -170,6 +171,7 @@ def _item(row: asyncpg.Record, workspace: Workspace) -> Item:
         agent_authorization=workspace.agent_authorization,
         at_most_once=workspace.at_most_once,
         ceiling_s=workspace.ceiling_s,
+        grace_s=workspace.checkpoint_grace_s + workspace.stop_grace_s,
         rev=row["rev"],
         priority=PRIORITY_OF[row["priority"]],
         enqueued_at=row["enqueued_epoch"],

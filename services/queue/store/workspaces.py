@@ -36,6 +36,13 @@ async def lock(connection: Connection, workspace_ids: Iterable[str], now: dateti
     return locked
 
 
+async def set_bounds(
+    connection: Connection, *, ceiling_s: float, checkpoint_grace_s: float, stop_grace_s: float
+) -> None:
+    """Take over what bounds a turn where a workspace says nothing itself."""
+    await connection.execute(SQL["set_bounds"], ceiling_s, checkpoint_grace_s, stop_grace_s)
+
+
 async def read(connection: Connection, workspace_ids: Iterable[str]) -> dict[str, Workspace]:
     rows = await connection.fetch(SQL["read_workspaces"], list(workspace_ids))
     return {row["workspace_id"]: _workspace(row) for row in rows}
@@ -95,7 +102,9 @@ def _columns_of(workspace: Workspace) -> dict[str, Any]:
 
 
 def _workspace(row: asyncpg.Record) -> Workspace:
-    computed = {"forwards", "beat_at", "not_before", "paused_at", "floors", "turns_s", "gates"}
+    computed = {
+        "forwards", "beat_at", "not_before", "paused_at", "floors", "turns_s", "gates", "unsaid", "life_at", "dead_at",
+    }  # fmt: skip
     values = {name: row[name] for name in Workspace.__slots__ if name not in computed}
     return Workspace(
         **{
@@ -104,6 +113,9 @@ def _workspace(row: asyncpg.Record) -> Workspace:
             "not_before": row["not_before_epoch"],
             "recent_ended": tuple(zip(row["recent_ended"][::2], row["recent_ended"][1::2], strict=False)),
             "paused_at": row["paused_epoch"],
+            "life_at": row["life_epoch"],
+            "dead_at": row["dead_epoch"],
+            "unsaid": tuple(row["unsaid"]),
             "floors": tuple(row["floors"]),
             "turns_s": tuple(row["turns_s"]),
             "forwards": {name: _forwards(value) for name, value in json.loads(row["forwards"]).items()},

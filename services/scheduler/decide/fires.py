@@ -19,6 +19,7 @@ MOMENTS_MAX = 10_000
 """Moments of one schedule that one turn goes through: a week of minutes. The rest is the next turn's."""
 WINDOW_MIN_S = 60.0
 WINDOW_MAX_S = 86_400.0
+_NONE = timedelta()
 
 Outcome = Literal["delivered", "coalesced", "skipped", "missed", "failed", "ceiling", "canceled"]
 OUTCOMES: tuple[Outcome, ...] = ("delivered", "coalesced", "skipped", "missed", "failed", "ceiling", "canceled")
@@ -147,6 +148,8 @@ def bounded(moment: datetime | None, ends_at: datetime | None, remaining_runs: i
 
 def offset(schedule_id: UUID, jitter_s: float) -> timedelta:
     """How much later than its moments a schedule is due: always the same part of its jitter, on every replica."""
+    if not jitter_s:
+        return _NONE
     part = int.from_bytes(hashlib.sha256(schedule_id.bytes).digest()[:6]) / (1 << 48)
     return timedelta(milliseconds=int(part * jitter_s * 1000))
 

@@ -46,17 +46,19 @@ def may_kill(
     ceiling_s: float,
     now: datetime,
     *,
+    noted_at: datetime,
     graced_until: datetime,
     fresh_s: float,
 ) -> bool:
     """Whether the session `session_id` runs on, and whatever dies with it is over its own ceiling as well.
 
     `flights` are the open sessions of the workspace as far as they are known, with this one; `ceiling_s` is the
-    workspace's, for those that are not. `graced_until`: only a heartbeat from after it shows that the agent goes on
-    (where none comes for as long as its cadence, that is no reason to wait).
+    workspace's, for those that are not. `noted_at`: a session that was thought gone has left the gate, so no word of
+    before it was seen again counts. `graced_until`: only a heartbeat from after it shows that the agent goes on (where
+    none comes for as long as its cadence, that is no reason to wait).
     """
     fresh = timedelta(seconds=fresh_s)
-    if closing.at < now - fresh or closing.until <= now:
+    if closing.at < max(now - fresh, noted_at) or closing.until <= now:
         return False
     heard = closing.beat_at is not None and closing.beat_at > graced_until
     if not heard and now < graced_until + timedelta(seconds=closing.cadence_s):
@@ -64,8 +66,10 @@ def may_kill(
     own = flights[session_id]
     if not (closing.foreign if own.is_foreign else any(each.session_id == session_id for each in closing.in_flight)):
         return False
-    foreign_over = all(each.is_over for each in flights.values() if each.is_foreign) or not closing.foreign
-    return foreign_over and all(_is_over(each, flights, ceiling_s, now) for each in closing.in_flight)
+    if closing.foreign and not any(each.is_foreign for each in flights.values()):
+        return False  # nobody knows yet since when that goes on
+    known_over = all(each.is_over for each in flights.values())
+    return known_over and all(_is_over(each, flights, ceiling_s, now) for each in closing.in_flight)
 
 
 def _is_over(began: Began, flights: Mapping[str, Flight], ceiling_s: float, now: datetime) -> bool:

@@ -36,6 +36,8 @@ class News:
     """Their owners no longer have them."""
     outlived: tuple[Session, ...]
     """Their agent has another life."""
+    lingering: tuple[Session, ...]
+    """Their owners gave them up, for nobody can end their container, and the agent still has something in hand."""
 
 
 def compare(
@@ -44,23 +46,26 @@ def compare(
     incarnations: Mapping[str, int],
     at: datetime,
     *,
+    unexplained: Mapping[str, int],
     note_after_s: float,
 ) -> News:
     """Hold the open sessions that are `known`, foreign ones left out, against a snapshot that was true `at`.
 
     Those of less than `note_after_s` are not noted: most end before anybody could ask about them. What was noted by a
-    later snapshot cannot be missing in this one.
+    later snapshot cannot be missing in this one. `unexplained`: how many tasks of each workspace nothing explains.
     """
     there = {each.session_id: each for each in seen}
     open_ids: set[str] = set()
     gone: list[Session] = []
     outlived: list[Session] = []
+    lingering: list[Session] = []
     for session in known:
         open_ids.add(session.session_id)
         if incarnations.get(session.workspace_id, 0) > session.incarnation:
             outlived.append(session)
         elif session.kind != "foreign" and session.session_id not in there and session.noted_at < at:
-            gone.append(session)
+            still_busy = session.unenforceable and unexplained.get(session.workspace_id, 0) > 0
+            (lingering if still_busy else gone).append(session)
     old_enough = at - timedelta(seconds=note_after_s)
     begun = tuple(
         Session(
@@ -70,7 +75,7 @@ def compare(
         for each in seen
         if each.session_id not in open_ids and each.started_at <= old_enough
     )  # fmt: skip
-    return News(begun, tuple(gone), tuple(outlived))
+    return News(begun, tuple(gone), tuple(outlived), tuple(lingering))
 
 
 @dataclass(frozen=True, slots=True)

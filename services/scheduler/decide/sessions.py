@@ -15,9 +15,12 @@ from typing import Literal
 from uuid import UUID
 
 from services.scheduler.decide.kills import Closing, Flight, may_kill
+from services.scheduler.decide.says import Directive, Gate, Kill, Reason, Say, Stop, StopReason, StopToo
 
 NEAR = 0.75
 """The part of its ceiling after which a session is told that it nears."""
+LEAD_S = 0.5
+"""How much earlier than the agent its holder hears of a stop: the one writes it down, the other may answer at once."""
 
 
 class State(StrEnum):
@@ -54,10 +57,6 @@ class Pace:
     """The same where a kill waits for a fresh word of the gate."""
     fresh_s: float = 10.0
     """How old a word of the gate may be that licenses a kill."""
-
-
-Reason = Literal["ceiling_near", "tick_waiting", "critical_waiting", "ceiling", "operator"]
-StopReason = Literal["ceiling", "operator"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,44 +102,6 @@ class Session:
     """Its state is then the one that it ended in."""
 
 
-# ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Directive:
-    """Ask the agent. The same words about the same thing are the same directive, however often they are said."""
-
-    kind: Literal["checkpoint", "stop"]
-    reason: Reason
-    about: str = ""
-    deadline_at: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Whoever holds the session cancels it."""
-
-    reason: StopReason
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """No new session until then; None: this session no longer asks for it."""
-
-    until: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """End its container."""
-
-    order: int
-    expires_at: datetime
-
-
-Say = Directive | Stop | Gate | Kill
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
     """The session as it is from now on, what is said, and when to look again."""
@@ -184,16 +145,24 @@ def is_over(session: Session, rules: Rules, now: datetime) -> bool:
 
 
 def stop(session: Session, rules: Rules, now: datetime, reason: StopReason, pace: Pace = Pace()) -> Step:
-    """Ask for its end, and that nothing begins there meanwhile."""
+    """Ask for its end, and that nothing begins there meanwhile.
+
+    One that was stopped already keeps its grace; an operator's word holds whatever becomes of its ceiling.
+    """
+    if session.state in {State.STOP_SENT, State.KILL_ORDERED}:
+        held = replace(session, stop_reason=reason, said_at=now)
+        later = held.deadline_at if held.deadline_at is not None and held.deadline_at > now else None
+        return Step(held, (Stop(reason), Directive("stop", reason)), _soonest(later, *_repeats(held, now, pace)))
     stopped = replace(
         session,
         state=State.STOP_SENT,
         stop_reason=reason,
         deadline_at=now + timedelta(seconds=rules.stop_grace_s),
-        said_at=now,
+        # The agent itself is told a moment later, and its holder once more: what it answers then is known as stopped.
+        said_at=now - timedelta(seconds=pace.repeat_s - LEAD_S),
         gate_said_at=now,
     )
-    says = (Stop(reason), Directive("stop", reason), Gate(now + timedelta(seconds=pace.gate_s)))
+    says = (Stop(reason), Gate(now + timedelta(seconds=pace.gate_s)))
     return Step(stopped, says, _soonest(stopped.deadline_at, *_repeats(stopped, now, pace)))
 
 
@@ -206,8 +175,19 @@ def ask_by_hand(session: Session, rules: Rules, now: datetime, about: str, pace:
 
 
 def kill_refused(session: Session) -> Session:
-    """Nobody can end its container: it is told so, and its gate stays closed while it runs."""
-    return replace(session, unenforceable=True, deadline_at=None)
+    """Nobody can end its container: it is told so, and its gate stays closed while it runs.
+
+    The word may come after the order's time, when the session is back at its stop; of one that was not even stopped it
+    says nothing.
+    """
+    if session.state not in {State.STOP_SENT, State.KILL_ORDERED}:
+        return session
+    return replace(session, state=State.KILL_ORDERED, unenforceable=True, deadline_at=None)
+
+
+def has_order(session: Session, now: datetime) -> bool:
+    """Whether an order to kill may still be carried out: whatever runs there by then would die of it."""
+    return session.state is State.KILL_ORDERED and session.deadline_at is not None and now < session.deadline_at
 
 
 def revised(session: Session) -> Session:
@@ -236,8 +216,7 @@ def _running(session: Session, rules: Rules, now: datetime, pace: Pace) -> Step:
     if ends_at is not None and now >= ends_at:
         deadline_at = now + timedelta(seconds=rules.checkpoint_grace_s)
         asked = replace(session, state=State.CHECKPOINT_SENT, deadline_at=deadline_at, said_at=now)
-        said = Directive("checkpoint", "ceiling", deadline_at=deadline_at)
-        return Step(asked, (said,), _soonest(deadline_at, now + timedelta(seconds=pace.repeat_s)))
+        return Step(asked, (_at_ceiling(deadline_at),), _soonest(deadline_at, now + timedelta(seconds=pace.repeat_s)))
     near_at = None
     if ends_at is not None:
         near_at = session.started_at + NEAR * (ends_at - session.started_at)
@@ -246,15 +225,28 @@ def _running(session: Session, rules: Rules, now: datetime, pace: Pace) -> Step:
         ):
             near = Ask("ceiling_near", ends_at.isoformat(), ends_at, now - timedelta(seconds=pace.repeat_s))
             session = replace(session, asks=(*session.asks, near))
-    asks, says = _ask_again(session.asks, now, pace)
-    again_at = [ask.said_at + timedelta(seconds=pace.repeat_s) for ask in asks if ask.deadline_at > now]
+    asks, says = _ask_again(session.asks, ends_at, now, pace)
+    again_at = [ask.said_at + timedelta(seconds=pace.repeat_s) for ask in asks if _stands(ask, ends_at, now)]
     waits = [moment for moment in (near_at, ends_at) if moment is not None and moment > now]
     return Step(replace(session, asks=asks), says, _soonest(*again_at, *waits))
 
 
-def _ask_again(asks: Sequence[Ask], now: datetime, pace: Pace) -> tuple[tuple[Ask, ...], tuple[Directive, ...]]:
-    """Say again what is not past; all asks stay, for none is made twice."""
-    due = {ask for ask in asks if ask.deadline_at > now >= ask.said_at + timedelta(seconds=pace.repeat_s)}
+def _at_ceiling(deadline_at: datetime) -> Directive:
+    """Each ceiling that it reaches is another question: a raised one may be reached again."""
+    return Directive("checkpoint", "ceiling", deadline_at.isoformat(), deadline_at)
+
+
+def _stands(ask: Ask, ends_at: datetime | None, now: datetime) -> bool:
+    """Whether it is still asked for: it is not past, and the ceiling that it speaks of is the session's."""
+    return ask.deadline_at > now and (ask.reason != "ceiling_near" or ask.deadline_at == ends_at)
+
+
+def _ask_again(
+    asks: Sequence[Ask], ends_at: datetime | None, now: datetime, pace: Pace
+) -> tuple[tuple[Ask, ...], tuple[Directive, ...]]:
+    """Say again what stands; all asks stay, for none is made twice."""
+    repeat = timedelta(seconds=pace.repeat_s)
+    due = {ask for ask in asks if _stands(ask, ends_at, now) and now >= ask.said_at + repeat}
     says = tuple(Directive("checkpoint", ask.reason, ask.about, ask.deadline_at) for ask in asks if ask in due)
     return tuple(replace(ask, said_at=now) if ask in due else ask for ask in asks), says
 
@@ -267,7 +259,7 @@ def _checkpoint_sent(session: Session, rules: Rules, now: datetime, pace: Pace) 
         return stop(session, rules, now, "ceiling", pace)
     says: tuple[Say, ...] = ()
     if session.said_at is None or now >= session.said_at + timedelta(seconds=pace.repeat_s):
-        says = (Directive("checkpoint", "ceiling", deadline_at=session.deadline_at),)
+        says = (_at_ceiling(session.deadline_at),)
         session = replace(session, said_at=now)
     assert session.said_at is not None, "it was said, or is now"
     return Step(session, says, _soonest(session.deadline_at, session.said_at + timedelta(seconds=pace.repeat_s)))
@@ -281,12 +273,20 @@ def _stop_sent(session: Session, rules: Rules, now: datetime, siblings: Sequence
     flights = _flights(session, siblings, rules, now)
     closing = session.closing
     if closing is None or not may_kill(
-        session.session_id, closing, flights, rules.ceiling_s, now, graced_until=deadline_at, fresh_s=pace.fresh_s
-    ):
+        session.session_id, closing, flights, rules.ceiling_s, now,
+        noted_at=session.noted_at, graced_until=deadline_at, fresh_s=pace.fresh_s,
+    ):  # fmt: skip
         return _say_stop_again(session, now, pace)
     ordered = replace(session, state=State.KILL_ORDERED, deadline_at=closing.until, orders=session.orders + 1)
     again = _say_stop_again(ordered, now, pace)
-    return replace(again, says=(*again.says, Kill(ordered.orders, closing.until)))
+    others = _not_stopped(session, closing, siblings)
+    return replace(again, says=(*again.says, *map(StopToo, others), Kill(ordered.orders, closing.until)))
+
+
+def _not_stopped(session: Session, closing: Closing, siblings: Sequence[Session]) -> list[str]:
+    """What else is in flight and dies of the kill, over its ceiling but not yet told to stop."""
+    stopped = {each.session_id for each in (session, *siblings) if each.stop_reason is not None}
+    return sorted({each.session_id for each in closing.in_flight} - stopped)
 
 
 def _kill_ordered(session: Session, rules: Rules, now: datetime, siblings: Sequence[Session], pace: Pace) -> Step:

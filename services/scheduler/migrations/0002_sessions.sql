@@ -51,8 +51,9 @@ CREATE TABLE activities (
 
 -- The snapshot that was taken in last; whoever raises it takes in the next.
 CREATE TABLE last_snapshot (
-  one  boolean PRIMARY KEY DEFAULT true CHECK (one),
-  at   timestamptz NOT NULL
+  one          boolean PRIMARY KEY DEFAULT true CHECK (one),
+  at           timestamptz NOT NULL,
+  snapshot_id  uuid
 );
 INSERT INTO last_snapshot (at) VALUES ('-infinity');
 

@@ -7,9 +7,8 @@ nothing and loses nothing.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
@@ -19,11 +18,12 @@ from services.scheduler.decide import Activity, Began, Closing, Rules, Seen, Ses
 from services.scheduler.metrics import KILLS, OPEN, UNENFORCEABLE
 from services.scheduler.rules import rule_of
 from services.scheduler.sessions import telling
+from services.scheduler.sessions.telling import Turn
 from services.scheduler.settings import Settings
 from services.scheduler.store import SQL, OpenFire
 from shared.broker import Publisher
 from shared.database import Connection, Pool, transact
-from shared.facts import BacklogSnapshot, Fact, GateClosed, KillDone, NamedBacklog, Running
+from shared.facts import BacklogSnapshot, GateClosed, KillDone, NamedBacklog, Running
 from shared.intake import Tell
 from shared.loops import Loop
 from shared.snapshots import Assembly
@@ -32,16 +32,8 @@ from shared.telemetry import log
 _BATCH = 200
 _MEASURE_S = 5.0
 _HELD_ELSEWHERE_S = 0.05
-
-
-@dataclass(slots=True)
-class _Turn:
-    """What a transaction did; told once it has committed."""
-
-    told: list[Fact] = field(default_factory=list)
-    stepped: list[tuple[Session, Session]] = field(default_factory=list)
-    ended: list[tuple[Session, str]] = field(default_factory=list)
-    more: bool = False
+_SILENT_LOOKS = 2
+_SILENT_MIN_S = 2.0
 
 
 class Sessions:
@@ -54,6 +46,7 @@ class Sessions:
         self._told = told
         self._assembly = Assembly()
         self._newest: list[BacklogSnapshot] = []
+        self._looked_at_all = False
         self.loop = Loop("sessions", self.run_once)
 
     # ── what comes over the bus ──────────────────────────────────────────────────────────────────────────────────────
@@ -76,16 +69,20 @@ class Sessions:
 
     async def kills_done(self, connection: Connection, facts: Sequence[KillDone]) -> Tell:
         """End the sessions whose containers are gone; those that nobody can end are marked."""
-        results = {fact.session_id: fact for fact in facts}
-        turn, now = _Turn(), await store.clock(connection)
-        refused = [name for name, fact in results.items() if fact.result == "not_killable"]
-        marked = [decide.kill_refused(each) for each in await store.lock_sessions(connection, refused)]
+        ended = {fact.session_id: fact.result for fact in facts if fact.result != "not_killable"}
+        turn, now = Turn(), await store.clock(connection)
+        held = await store.lock_sessions(connection, [fact.session_id for fact in facts])
+        marked = [
+            after for each in held if each.session_id not in ended and (after := decide.kill_refused(each)) != each
+        ]
         await store.save_sessions(connection, [(decide.revised(each), now) for each in marked])
-        for name in sorted(results.keys() - set(refused)):
-            await _end(connection, [name], f"kill_{results[name].result}", now, turn)
+        for name, result in sorted(ended.items()):
+            await _end(connection, [name], f"kill_{result}", now, turn)
+            for gone in await store.answer_orders(connection, [name], f"kill_{result}"):
+                turn.told += telling.facts(gone, [decide.Gate(None)], now)
 
         def tell() -> None:
-            for fact in results.values():
+            for fact in facts:
                 KILLS.labels(fact.result).inc()
             for each in marked:
                 log.error("ceiling_unenforceable", workspace_id=each.workspace_id, session_id=each.session_id)
@@ -105,6 +102,9 @@ class Sessions:
             except BaseException:
                 self._newest = self._newest or parts
                 raise
+        if not self._looked_at_all:  # our own settings may be others than when these were looked at last
+            await self._pool.execute(SQL["look_at_sessions"])
+            self._looked_at_all = True
         turn = await transact(self._pool, partial(self._step, now=now))
         self._tell(turn)
         if turn.more:
@@ -113,6 +113,10 @@ class Sessions:
         if until_s is None:
             return self._settings.look_s
         return min(max(until_s, _HELD_ELSEWHERE_S if until_s <= 0 else 0.001), self._settings.look_s)
+
+    async def probe(self) -> None:
+        """For /readyz: as long as it stands still nothing that does not end is ended."""
+        await self.loop.probe(max(_SILENT_LOOKS * self._settings.look_s, _SILENT_MIN_S))
 
     async def measure(self) -> float:
         counts: dict[str, int] = dict.fromkeys((state.value for state in State), 0)
@@ -125,17 +129,13 @@ class Sessions:
         UNENFORCEABLE.set(unenforceable)
         return _MEASURE_S
 
-    def _tell(self, turn: _Turn) -> None:
-        for before, after in turn.stepped:
-            telling.note_step(before, after)
-            if after.state is State.KILL_ORDERED and after.orders != before.orders:
-                self._told()
-        for session, reason in turn.ended:
-            telling.note_end(session, reason)
-        telling.post(self._publisher, turn.told)
+    def _tell(self, turn: Turn) -> None:
+        telling.tell(self._publisher, turn)
+        if any(after.orders != before.orders for before, after in turn.stepped):
+            self._told()
 
-    async def _step(self, connection: Connection, *, now: datetime | None) -> _Turn:
-        turn = _Turn()
+    async def _step(self, connection: Connection, *, now: datetime | None) -> Turn:
+        turn = Turn()
         claimed, moment = await store.claim_sessions(connection, _BATCH, now)
         if not claimed:
             return turn
@@ -159,29 +159,42 @@ class Sessions:
 
     # ── snapshots ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _take_in(self, parts: Sequence[BacklogSnapshot], connection: Connection) -> _Turn:
+    async def _take_in(self, parts: Sequence[BacklogSnapshot], connection: Connection) -> Turn:
         """Note what has begun, end what has gone, and ask for room where somebody waits."""
-        turn = _Turn()
-        at = min(part.occurred_at for part in parts)
-        if await connection.fetchval(SQL["take_snapshot"], at) is None:
+        turn = Turn()
+        read_at = min(part.occurred_at for part in parts)
+        at = await connection.fetchval(SQL["take_snapshot"], read_at, parts[0].snapshot_id)
+        if at is None:
             return turn  # a replica was quicker
+        now = await store.clock(connection)
         named = {each.workspace_id: each for part in parts for each in part.backlogs}
         known = await store.open_sessions(connection)
         lives = await store.incarnations(connection, named.keys() | {each.workspace_id for each in known})
         for name, each in named.items():
             lives[name] = max(lives.get(name, 0), each.incarnation)
         seen = [session for name in sorted(named) for session in _seen(named[name])]
-        news = decide.compare(known, seen, lives, at, note_after_s=self._settings.session_note_s)
-        begun, ended = await self._foreign(connection, named, known, at)
-        await _end(connection, [each.session_id for each in (*news.gone, *ended)], "gone", at, turn)
-        await _end(connection, [each.session_id for each in news.outlived], "new_life", at, turn)
+        unexplained = Counter({name: each.foreign for name, each in named.items() if each.foreign})
+        news = decide.compare(
+            known, seen, lives, at, unexplained=unexplained, note_after_s=self._settings.session_note_s
+        )
+        unexplained.subtract(each.workspace_id for each in news.lingering)
+        begun, ended = await self._foreign(connection, named, +unexplained, known, at)
+        over = {each.session_id for each in (*news.outlived, *news.gone, *ended)}
+        await store.lock_sessions(connection, over)  # all of them in key order; they end in two parts
+        await _end(connection, [each.session_id for each in news.outlived], "new_life", now, turn)
+        await _end(connection, [each.session_id for each in (*news.gone, *ended)], "gone", now, turn)
         await store.begin_sessions(connection, [*news.begun, *begun], at)
-        await self._ask_for_room(connection, named, turn)
+        going_on = [each for each in known if each.session_id not in over]
+        await self._ask_for_room(connection, [*going_on, *news.begun, *begun], named, turn)
         return turn
 
     @staticmethod
     async def _foreign(
-        connection: Connection, named: Mapping[str, NamedBacklog], known: Sequence[Session], at: datetime
+        connection: Connection,
+        named: Mapping[str, NamedBacklog],
+        unexplained: Mapping[str, int],
+        known: Sequence[Session],
+        at: datetime,
     ) -> tuple[list[Session], list[Session]]:
         """What has begun and ended of work that nothing explains."""
         running = {each.workspace_id: each for each in known if each.kind == "foreign"}
@@ -189,13 +202,13 @@ class Sessions:
         begun: list[Session] = []
         ended: list[Session] = []
         changed: list[Activity] = []
-        busy = {name for name, each in named.items() if each.foreign}
-        for name in sorted(busy | {name for name, each in activities.items() if each.beats} | running.keys()):
+        in_doubt = {name for name, each in activities.items() if each.beats}
+        for name in sorted(unexplained.keys() | in_doubt | running.keys()):
             backlog = named.get(name)
             before = activities.get(name, Activity(name))
             after, session, is_over = decide.foreign(
                 before, name in running, at=at,
-                count=backlog.foreign if backlog else 0,
+                count=unexplained.get(name, 0),
                 beat_at=backlog.beat_at if backlog else None,
                 incarnation=backlog.incarnation if backlog else before.incarnation,
             )  # fmt: skip
@@ -208,13 +221,15 @@ class Sessions:
         await store.save_activities(connection, changed)
         return begun, ended
 
-    async def _ask_for_room(self, connection: Connection, named: Mapping[str, NamedBacklog], turn: _Turn) -> None:
-        """Early requests, where a session runs and somebody waits for it."""
-        running = [each for each in await store.open_sessions(connection) if each.state is State.RUNNING]
+    async def _ask_for_room(
+        self, connection: Connection, sessions: Sequence[Session], named: Mapping[str, NamedBacklog], turn: Turn
+    ) -> None:
+        """Early requests, where a session runs and somebody waits for it. They are read again once they are held."""
+        running = [each for each in sessions if each.state is State.RUNNING]
         names = sorted({each.workspace_id for each in running})
         rules = await store.read_rules(connection, names, self._settings.rules)
         now = await store.clock(connection)
-        ticks = _ticks(await store.open_fires(connection, names), running) if running else {}
+        ticks = _ticks(await store.open_fires(connection, names), named)
         asked: dict[str, tuple[Session, tuple[decide.Directive, ...]]] = {}
         for session in running:
             after, says = self._early(session, rules[session.workspace_id], now, named, ticks)
@@ -244,11 +259,14 @@ class Sessions:
         )  # fmt: skip
 
 
-async def _end(connection: Connection, session_ids: Sequence[str], reason: str, now: datetime, turn: _Turn) -> None:
-    """End sessions; those whose gate was closed leave it."""
+async def _end(connection: Connection, session_ids: Sequence[str], reason: str, now: datetime, turn: Turn) -> None:
+    """End sessions; those whose gate was closed leave it.
+
+    Not while an order to kill is on its way, which would end what begins next: its answer opens the gate, or time does.
+    """
     for session in await store.end_sessions(connection, session_ids, reason, now):
         turn.ended.append((session, reason))
-        if session.stop_reason is not None:
+        if session.stop_reason is not None and not (reason == "gone" and decide.has_order(session, now)):
             turn.told += telling.facts(session, [decide.Gate(None)], now)
 
 
@@ -259,9 +277,9 @@ def _by_workspace(sessions: Sequence[Session]) -> dict[str, list[Session]]:
     return found
 
 
-def _ticks(fires: Sequence[OpenFire], running: Sequence[Session]) -> dict[str, list[Waiting]]:
-    """The ticks that wait, by workspace: fires on their way that no running session is."""
-    delivered = {each.session_id.partition(":")[0] for each in running if each.kind == "delivery"}
+def _ticks(fires: Sequence[OpenFire], named: Mapping[str, NamedBacklog]) -> dict[str, list[Waiting]]:
+    """The ticks that wait, by workspace: fires on their way that are not being delivered."""
+    delivered = {each.session_id.partition(":")[0] for backlog in named.values() for each in backlog.running}
     found: dict[str, list[Waiting]] = defaultdict(list)
     for fire in fires:
         if str(fire.queue_id) not in delivered:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from services.scheduler.decide import Directive, Gate, Kill, Say, Session, Stop
+from services.scheduler.decide import Directive, Gate, Kill, Say, Session, Stop, StopToo
 from services.scheduler.metrics import DIRECTIVES, STEPS
 from shared import outbox
 from shared.broker import Publisher
@@ -15,6 +16,18 @@ from shared.facts import DirectiveKind, Fact, SessionDirective, SessionGate, Ses
 from shared.telemetry import log
 
 _IDS = uuid5(NAMESPACE_URL, "urn:bide:session")
+
+
+@dataclass(slots=True)
+class Turn:
+    """What a transaction did; told once it has committed."""
+
+    told: list[Fact] = field(default_factory=list)
+    stepped: list[tuple[Session, Session]] = field(default_factory=list)
+    """Before and after."""
+    ended: list[tuple[Session, str]] = field(default_factory=list)
+    """And why."""
+    more: bool = False
 
 
 def facts(session: Session, says: Iterable[Say], now: datetime) -> list[Fact]:
@@ -42,6 +55,8 @@ def _fact(session: Session, say: Say, about: dict[str, object], now: datetime) -
             )
         case Stop():
             return SessionStop.model_validate({**about, "reason": say.reason})
+        case StopToo():
+            return SessionStop.model_validate({**about, "session_id": say.session_id, "reason": "ceiling"})
         case Gate():
             until = say.until if say.until is not None else now
             return SessionGate.model_validate({**about, "closed": say.until is not None, "gate_until": until})
@@ -62,15 +77,23 @@ async def order(connection: Connection, told: Sequence[Fact]) -> list[Fact]:
     return [fact for fact in told if not isinstance(fact, SessionKill)]
 
 
-def post(publisher: Publisher, told: Iterable[Fact]) -> None:
+def tell(publisher: Publisher, turn: Turn) -> None:
+    """Count, log and post what has been committed."""
+    for before, after in turn.stepped:
+        _note_step(before, after)
+    for session, reason in turn.ended:
+        _note_end(session, reason)
+    _post(publisher, turn.told)
+
+
+def _post(publisher: Publisher, told: Iterable[Fact]) -> None:
     for fact in told:
         publisher.post(fact)
         if isinstance(fact, SessionDirective):
             DIRECTIVES.labels(fact.kind.value, fact.reason).inc()
 
 
-def note_step(before: Session, after: Session) -> None:
-    """Count and log that a session has taken a step."""
+def _note_step(before: Session, after: Session) -> None:
     if after.state is not before.state:
         STEPS.labels(after.state.value).inc()
         log.info(
@@ -80,7 +103,7 @@ def note_step(before: Session, after: Session) -> None:
         )  # fmt: skip
 
 
-def note_end(session: Session, reason: str) -> None:
+def _note_end(session: Session, reason: str) -> None:
     STEPS.labels("ended").inc()
     log.info(
         "session_ended", workspace_id=session.workspace_id, session_id=session.session_id, state=session.state.value,

@@ -16,7 +16,7 @@ from services.scheduler.settings import Settings
 from services.scheduler.shapes import Answer, iso, problem
 from services.scheduler.store import SQL
 from shared.database import Connection
-from shared.facts import FLEET, Fact, ScheduleQuery
+from shared.facts import FLEET, ScheduleQuery
 
 VERBS = frozenset({"checkpoint", "stop"})
 _SCHEDULES_MAX = 1000
@@ -49,8 +49,11 @@ async def _shown(
     for row in await connection.fetch(SQL["bouncing_schedules"], names, _SCHEDULES_MAX):
         schedules[row["workspace_id"]].append(row)
     found: dict[str, Any] = {}
+    running: dict[str, list[Session]] = defaultdict(list)
+    for session in sorted(sessions, key=lambda each: each.started_at):
+        running[session.workspace_id].append(session)
     for name in names:
-        mine = sorted((each for each in sessions if each.workspace_id == name), key=lambda each: each.started_at)
+        mine = running[name]
         cards = [shown(each, rules[name], now, [dict(row) for row in schedules[name]]) for each in mine]
         found[name] = {
             "session": cards[0] if cards else None,
@@ -68,21 +71,20 @@ async def _shown(
     return found
 
 
-async def command(connection: Connection, fact: ScheduleQuery, settings: Settings) -> tuple[Answer, list[Fact]]:
-    """Ask all sessions of a workspace to save, or to end as at their ceiling; with what is told after the commit.
+async def command(connection: Connection, fact: ScheduleQuery, settings: Settings, turn: telling.Turn) -> Answer:
+    """Ask all sessions of a workspace to save, or to end as at their ceiling; `turn` gets what is to be told.
 
     Said twice it is done once: a stop is not begun anew, and a checkpoint is known by its question.
     """
     name = fact.workspace_id
     sessions = await store.lock_sessions_of(connection, [name])
     if not sessions:
-        return _NONE, []
+        return _NONE
     now = await store.clock(connection)
     rules = (await store.read_rules(connection, [name], settings.rules))[name]
-    told: list[Fact] = []
     saved: list[tuple[Session, datetime | None]] = []
     for session in sessions:
-        if fact.verb == "stop" and session.state in {State.RUNNING, State.CHECKPOINT_SENT}:
+        if fact.verb == "stop" and session.stop_reason != "operator":
             taken = decide.stop(session, rules, now, "operator", settings.pace)
         elif fact.verb == "checkpoint" and session.state is State.RUNNING and not _was_asked(session, fact):
             taken = decide.ask_by_hand(session, rules, now, str(fact.query_id), settings.pace)
@@ -90,15 +92,15 @@ async def command(connection: Connection, fact: ScheduleQuery, settings: Setting
             continue
         after = decide.revised(taken.session)
         saved.append((after, taken.due_at))
-        told += telling.facts(after, taken.says, now)
-        telling.note_step(session, after)
+        turn.told += telling.facts(after, taken.says, now)
+        turn.stepped.append((session, after))
     await store.save_sessions(connection, saved)
     if saved:
         await connection.execute(
             SQL["insert_audit"], fact.query_id, fact.by, f"session_{fact.verb}", name, None, 0, None
         )
     mine = await store.sessions_of(connection, [name])
-    return (200, {"sessions": [shown(each, rules, now) for each in mine]}), told
+    return 200, {"sessions": [shown(each, rules, now) for each in mine]}
 
 
 def _was_asked(session: Session, fact: ScheduleQuery) -> bool:

@@ -18,6 +18,7 @@ from shared.database import Connection
 from shared.facts import Priority, ScheduleChanged, TickSettled
 
 _COLUMNS = tuple(each.name for each in fields(Schedule))
+_PRIORITY = _COLUMNS.index("priority")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,9 @@ class Advance:
 
 
 def schedule_of(row: asyncpg.Record | Mapping[str, Any]) -> Schedule:
-    return Schedule(**{**{name: row[name] for name in _COLUMNS}, "priority": Priority(row["priority"])})
+    values: list[Any] = [row[name] for name in _COLUMNS]
+    values[_PRIORITY] = Priority(values[_PRIORITY])
+    return Schedule(*values)
 
 
 def due_at(schedule: Schedule, next_fire_at: datetime | None) -> datetime | None:

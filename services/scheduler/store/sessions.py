@@ -81,11 +81,21 @@ async def begin_sessions(connection: Connection, sessions: Sequence[Session], no
 async def end_sessions(
     connection: Connection, session_ids: Sequence[str], reason: str, now: datetime | None = None
 ) -> list[Session]:
-    """End sessions; return those that had been asked for something. The others leave no trace."""
+    """End sessions; return those that had been asked for something.
+
+    Of the others those that are gone leave no trace. What another life has ended does: its owner may show it for a
+    while yet, and it must not be taken for a session of that life.
+    """
     if not session_ids:
         return []
-    await connection.execute(SQL["forget_idle_sessions"], session_ids)
+    if reason == "gone":
+        await connection.execute(SQL["forget_idle_sessions"], session_ids)
     return [_session(row) for row in await connection.fetch(SQL["end_sessions"], session_ids, reason, now)]
+
+
+async def answer_orders(connection: Connection, session_ids: Sequence[str], reason: str) -> list[Session]:
+    """Write that an order was carried out although its session was gone; return those of whom this is news."""
+    return [_session(row) for row in await connection.fetch(SQL["answer_orders"], session_ids, reason)]
 
 
 async def save_sessions(connection: Connection, sessions: Iterable[tuple[Session, datetime | None]]) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,6 +28,8 @@ class _Pair:
     process: asyncio.StreamWriter
     server: asyncio.StreamWriter
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    met: int = 0
+    """How many of the marks of a `hold_after` have come."""
 
     def reset(self) -> None:
         """End both halves with RST: neither side learns what the other had still sent."""
@@ -49,6 +51,7 @@ class Link:
         self._pairs: set[_Pair] = set()
         self._open: dict[Way, asyncio.Event] = {"up": asyncio.Event(), "down": asyncio.Event()}
         self._cut_after: tuple[Way, bytes, asyncio.Event] | None = None
+        self._hold_after: tuple[Sequence[bytes], asyncio.Event] | None = None
         self._refusing = False
         self.delay_s = 0.0
         """Added to each chunk in each direction, in order: what a slow or far server costs a round trip, twice."""
@@ -94,6 +97,17 @@ class Link:
         self._cut_after = (way, mark, done)
         return done
 
+    def hold_after(self, *marks: bytes) -> asyncio.Event:
+        """Let no answer through any more once each of `marks` has come from the process, in turn on one connection.
+
+        The chunk with the last of them still passes: the server acts on it.
+
+        Returns: set once that has happened.
+        """
+        done = asyncio.Event()
+        self._hold_after = (marks, done)
+        return done
+
     async def serve(self, process: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         """One new connection of the process."""
         if self._refusing:
@@ -125,6 +139,8 @@ class Link:
                     await asyncio.sleep(self.delay_s)
                 await self._open[way].wait()
                 cut = self._meets(way, chunk)
+                if way == "up":
+                    self._follow(pair, chunk)
                 target.write(chunk)
                 await target.drain()
                 if cut is not None:
@@ -143,6 +159,17 @@ class Link:
             return None
         done, self._cut_after = self._cut_after[2], None
         return done
+
+    def _follow(self, pair: _Pair, chunk: bytes) -> None:
+        if self._hold_after is None:
+            return
+        marks, done = self._hold_after
+        while pair.met < len(marks) and marks[pair.met] in chunk:
+            pair.met += 1
+        if pair.met == len(marks):
+            self._hold_after = None
+            self.hold("down")
+            done.set()
 
     async def _cut(self, pair: _Pair, done: asyncio.Event) -> None:
         other = next(task for task in pair.tasks if task is not asyncio.current_task())

@@ -19,6 +19,9 @@ ATTEMPTS_MAX, DEATHS_MAX = 5, 3
 SLACK_MS = 10_000
 INFO_PATIENCE_MS = 120_000
 STARVES_S = 20.0
+GRACE_S = 5.0
+HEARD_LATE_S = 10.0
+"""How long a new life may take messages before anybody hears of it."""
 Place = tuple[int, int, UUID]
 Key = tuple[str, str, str]
 
@@ -42,6 +45,12 @@ class Item:
     owner: str | None = None
     task: str | None = None
     cancel: bool = False
+    stop: str | None = None
+    """Why its delivery was told to stop."""
+    hung_up: bool = False
+    """Its owner hangs up as soon as it reads that."""
+    life: int = 0
+    """Of its agent, when it was claimed."""
     not_before: float | None = None
     waits: tuple[float, float] | None = None
     """How long it has just been told to wait, at least and at most; until that was observed."""
@@ -95,12 +104,16 @@ FATES = {
     "unknown": Fate("unknown", attempt=True, death=True, waits=True),
     "owner_died": Fate("unknown", attempt=True),
     "written_back": Fate("unknown"),
+    "ceiling": Fate("unknown", ("failed", "ceiling")),
 }
 PREEMPTED_FOR_NOBODY = Fate("answered", shuts=True)
 
 
-def ends_as(fate: Fate, reply: str, item: Item, *, at_most_once: bool) -> tuple[str, str | None] | None:
+def ends_as(fate: Fate, said: Reply, item: Item) -> tuple[str, str | None] | None:
     """What §2 and §3 make of this reply to this item; None: it goes back to its place."""
+    reply, at_most_once = said.word, said.at_most_once
+    if item.stop is not None and (reply != "delivered" or said.canceled):
+        return ("canceled", "stopped") if item.stop == "operator" else ("failed", "ceiling")
     if fate.ends is not None:
         return fate.ends
     if at_most_once and reply in {"unknown", "owner_died"}:
@@ -121,6 +134,8 @@ class Reply:
     word: str
     at_most_once: bool
     retry_after_s: float | None = None
+    canceled: bool = False
+    """It is a Task that was canceled."""
 
 
 @dataclass(slots=True)
@@ -180,7 +195,7 @@ class Model:
         """Write what came back. What ends, ends before anything goes back to its place."""
         hurried = {name for name in self.seats if any(item.lane == 0 for item in self.of(name, "queued"))}
         due = [(reply, self._fate(reply, hurried), self.items[reply.queue_id]) for reply in replies]
-        verdicts = [ends_as(fate, each.word, item, at_most_once=each.at_most_once) for each, fate, item in due]
+        verdicts = [ends_as(fate, each, item) for each, fate, item in due]
         held = [item.status == "dispatched" and item.delivery_no == each.number for each, _, item in due]
         streaks = {name: seat.streak for name, seat in self.seats.items()}
         for (_, fate, item), ends, holds in zip(due, verdicts, held, strict=True):
@@ -235,6 +250,7 @@ class Model:
                 left.remove(item.queue_id)
                 item.status, item.owner = "dispatched", owner
                 item.delivery_no += 1
+                item.life = seat.incarnation
                 seat.deliveries[item.queue_id, item.delivery_no] = Delivery(now)
         assert not left, f"nobody looked at {left}"
 
@@ -269,6 +285,24 @@ class Model:
                 lost_s = now - max(since, item.enqueued_at)
                 item.give_up_at += lost_s
                 item.expires_at = item.expires_at + lost_s if item.expires_at is not None else None
+
+    def let_go(self, item: Item, now: float, *, is_followed: bool) -> str | None:
+        """What it has come to if its owner hangs up: nothing else can end it, or the life that had it is over."""
+        seat = self.seat(item.workspace)
+        replaced = seat.incarnation > item.life
+        if item.hung_up or (item.stop is not None and replaced):
+            return "ceiling"
+        dead = seat.dead is not None and item.life <= seat.dead
+        began = seat.deliveries[item.queue_id, item.delivery_no].begun
+        if replaced:
+            was_first = seat.life_at is not None and seat.life_at - began >= HEARD_LATE_S
+            is_over = not is_followed and (dead or was_first)  # the new life is asked for a task
+        else:
+            is_over = dead and now - seat.dead_at >= GRACE_S
+        if not is_over:
+            return None
+        self.seen["outlived"] += 1
+        return "ceiling" if item.stop is not None else "unknown"
 
     def _first(self, item: Item) -> Item:
         """Who stands first in its lane."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 from uuid_utils.compat import uuid7
 
-from shared.facts import MessageBusy, ProxyBeat
+from shared.facts import MessageBusy, ProxyBeat, SessionGate
 from tests.chaos.kit.model import Item, Model
 from tests.chaos.kit.model_clock import Clock
 from tests.chaos.kit.model_rig import Replica, Rig
@@ -21,7 +22,8 @@ from tests.chaos.kit.model_seat import Seat
 
 ROWS = """
 SELECT queue_id, workspace_id, status, delivery_no, attempts, deaths, owner, agent_task_id, priority, lane, rank_ms,
-  cancel_at IS NOT NULL AS cancel, extract(epoch FROM not_before)::float8 AS not_before,
+  cancel_at IS NOT NULL AS cancel, stop_reason AS stop, hang_up_at IS NOT NULL AS hung_up,
+  extract(epoch FROM not_before)::float8 AS not_before,
   extract(epoch FROM enqueued_at)::float8 AS enqueued_at, extract(epoch FROM expires_at)::float8 AS expires_at,
   extract(epoch FROM give_up_at)::float8 AS give_up_at, encode(key_hash, 'hex') AS key, retry_of
 FROM a2a_queue WHERE workspace_id = ANY($1::text[])"""
@@ -32,14 +34,16 @@ FROM a2a_finished f WHERE workspace_id = ANY($1::text[])"""
 SEATS = """
 SELECT workspace_id, waiting, waiting_critical, waiting_info, running, floors, served_critical,
   extract(epoch FROM not_before)::float8 AS not_before, extract(epoch FROM paused_at)::float8 AS paused_at,
-  (SELECT count(*) FROM dead_letters) AS dead_letters
+  gates, gate_generation, incarnation, status IN ('offline', 'restarting', 'gave_up')
+    AND dead_incarnation >= incarnation AS is_down, (SELECT count(*) FROM dead_letters) AS dead_letters
 FROM workspaces WHERE workspace_id = ANY($1::text[])"""
 TOLD = """
 SELECT id, convert_from(fact, 'UTF8')::jsonb ->> 'queue_id' AS queue_id,
   convert_from(fact, 'UTF8')::jsonb ->> 'status' AS status, convert_from(fact, 'UTF8')::jsonb ->> 'reason' AS reason
 FROM outbox WHERE id > $1 ORDER BY id"""
 AS_MODELED = (
-    "status", "delivery_no", "attempts", "deaths", "owner", "cancel", "lane", "rank_ms", "not_before", "enqueued_at",
+    "status", "delivery_no", "attempts", "deaths", "owner", "cancel", "stop", "hung_up", "lane",
+    "rank_ms", "not_before", "enqueued_at",
     "expires_at", "give_up_at", "key", "retry_of",
 )  # fmt: skip
 NUMBERS = {"CRITICAL": 100, "TASK": 50, "INFO": 10}
@@ -64,6 +68,8 @@ class Base(RuleBasedStateMachine):
         self.facts: list[MessageBusy] = []
         self.beats: dict[tuple[str, str], list[ProxyBeat]] = {}
         self.revs = dict.fromkeys(self.names, 0)
+        self.lives = dict.fromkeys(self.names, 0)
+        self.words: dict[tuple[str, str], list[SessionGate]] = {}
         self.final: dict[UUID, str] = {}
         self.told: dict[UUID, tuple[str, str | None]] = {}
         self.orphans: dict[str, set[tuple[str, int]]] = {}
@@ -151,8 +157,20 @@ class Base(RuleBasedStateMachine):
         for item in waiting:
             assert row["floors"][item.lane] <= item.rank_ms, f"I3: {item.queue_id} waits below the floor of its lane"
         near(
-            {name: row[name] for name in ("served_critical", "paused_at", "dead_letters")},
-            {"served_critical": seat.served_critical, "paused_at": seat.paused_at, "dead_letters": 0},
+            {name: row[name] for name in ("served_critical", "paused_at", "dead_letters", "incarnation")},
+            {
+                "served_critical": seat.served_critical, "paused_at": seat.paused_at, "dead_letters": 0,
+                "incarnation": seat.incarnation,
+            },
+        )  # fmt: skip
+        assert bool(row["is_down"]) == seat.is_down, "who is dead gets nothing"
+
+        now = self.clock.said
+        gates = json.loads(row["gates"]).values()
+        closed = max((until for _, until, left in gates if until > now and not left), default=None)
+        near(
+            {"gate_until": closed, "gate_generation": row["gate_generation"]},
+            {"gate_until": seat.gate_until(now), "gate_generation": seat.closings},
         )
 
     async def _check_told(self) -> None:

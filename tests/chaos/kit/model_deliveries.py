@@ -73,7 +73,14 @@ class Deliveries(Messages):
             return
         now = await self.rig.turn(replica, confirmed=confirmed)
         replies = [
-            Reply(each.item.queue_id, each.item.delivery_no, each.reply, each.item.at_most_once, each.retry_after_s)
+            Reply(
+                each.item.queue_id,
+                each.item.delivery_no,
+                each.reply,
+                each.item.at_most_once,
+                each.retry_after_s,
+                each.task_canceled,
+            )
             for each in endings
         ]
         self.model.settle(replies, now)
@@ -117,22 +124,31 @@ class Deliveries(Messages):
     async def reread(self, replica: Replica) -> None:
         held = dict(replica.drain.running)
         in_hand = held.keys() | replica.drain._endings.keys()
+        now = await self.rig.tick()
         await replica.loops.reread()
         owned = {
             (str(item.queue_id), item.delivery_no): item
             for item in self.model.items.values()
             if item.status == "dispatched" and item.owner == replica.name
         }
-        gone = [task for key, (_, task) in held.items() if key not in owned]
+        let_go = {
+            key: self.model.let_go(owned[key], now, is_followed=held[key][0].task_id is not None)
+            for key in held.keys() & owned.keys()
+        }
+        gone = [task for key, (_, task) in held.items() if key not in owned or let_go[key] is not None]
         await asyncio.gather(*gone, return_exceptions=True)
+        for key, reply in let_go.items():
+            assert reply is None or replica.drain._endings[key].reply == reply, "it has come to what §2 says"
         orphans = owned.keys() - in_hand
         adopted = orphans & self.orphans.get(replica.name, set())
         self.orphans[replica.name] = orphans
         assert adopted <= replica.drain._endings.keys(), "a claim that was never confirmed goes back"
         self.seen["adopted"] += len(adopted)
-        assert replica.drain.running.keys() == held.keys() & owned.keys(), "a row that is no longer ours is let go"
+        stay = {key for key, reply in let_go.items() if reply is None}
+        assert replica.drain.running.keys() == stay, "a row is let go that is no longer ours, or that nothing else ends"
         for key, (delivery, _) in replica.drain.running.items():
             assert delivery.item.cancel_requested or not owned[key].cancel, "a cancel reaches who delivers"
+            assert delivery._stop_asked or owned[key].stop is None, "so does a stop"
 
     async def swept(self, replica: Replica) -> None:
         before = RECONCILED._value.get()

@@ -12,10 +12,10 @@ from hypothesis.stateful import initialize, rule
 from shared.facts import MessageBusy
 from tests.chaos.kit.model import Reply
 from tests.chaos.kit.model_base import some
-from tests.chaos.kit.model_deliveries import Deliveries
 from tests.chaos.kit.model_messages import MESSAGE
 from tests.chaos.kit.model_rig import ANSWERS, Replica
 from tests.chaos.kit.model_seat import Seat
+from tests.chaos.kit.model_sessions import Endings
 
 WHAT = [
     "join", "crash", "freeze", "stall", "stall", "unconfirmed", "pause", "pause", "judge", "judge", "young", "deploy",
@@ -23,8 +23,8 @@ WHAT = [
 ]  # fmt: skip
 
 
-class QueueMachine(Deliveries):
-    """Facts, turns, answers, commands and deaths in any order; `holds` after each."""
+class QueueMachine(Endings):
+    """Facts, turns, answers, commands, stops and deaths in any order; `holds` after each."""
 
     @initialize(
         maxima=st.tuples(st.integers(1, 3), st.integers(1, 2)),
@@ -167,6 +167,7 @@ class QueueMachine(Deliveries):
         for _ in range(40):
             self.clock.ahead_s += 100
             for name in self.names:
+                await self.declared(last, self.model.seat(name), "online")
                 await self.registered(last, self.model.seat(name), maximum=30)
                 await self.beaten(last, self.model.seat(name), active=0)
             await self._judge(last, ripe=True)

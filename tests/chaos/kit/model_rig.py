@@ -24,6 +24,7 @@ from services.queue.answers import Answers
 from services.queue.drain import Drain
 from services.queue.handlers import Handlers
 from services.queue.loops import Loops
+from services.queue.sessions import Sessions
 from services.queue.settings import Settings
 from shared import topology
 from shared.agents import BodyLost, NotSent, Unanswered
@@ -33,7 +34,7 @@ from shared.facts import Fact, FactT, ItemKept, QueryAnswered
 from shared.inbox import Inbox
 from shared.intake import Batch, Store
 from shared.outcomes import Answer, Fault
-from tests.chaos.kit.model import STARVES_S
+from tests.chaos.kit.model import GRACE_S, STARVES_S
 from tests.chaos.kit.model_clock import IN_TEST_TIME, Clock, moment, standing_clock
 from tests.conftest import Stack
 from tests.integration.queue_kit import queue_settings
@@ -126,6 +127,7 @@ def _error(code: int, mark: str | None = None) -> bytes:
 RETRY_AFTER_S = 3.0
 ANSWERS: dict[str, Response] = {
     "delivered": Response(body=_rpc(result={"kind": "message", "messageId": "a", "role": "agent", "parts": []})),
+    "canceled": Response(body=_rpc(result={"kind": "task", "id": "t", "status": {"state": "canceled"}})),
     "accepted": Response(body=_rpc(result={"kind": "task", "id": "t", "status": {"state": "working"}})),
     "no_such_task": Response(body=_error(-32001)),
     "busy": Response(429, {"retry-after": f"{RETRY_AFTER_S:g}"}),
@@ -137,7 +139,7 @@ ANSWERS: dict[str, Response] = {
     "unknown": Response(error=Unanswered(Fault.RESET, "reset", stale=False)),
     "answer_lost": Response(error=BodyLost(Answer(200, {}, None, Fault.EOF), "eof")),
 }  # fmt: skip
-WORDS = {"unavailable": "busy"}
+WORDS = {"unavailable": "busy", "canceled": "delivered"}
 """Answers that mean the same as another."""
 
 
@@ -150,6 +152,7 @@ class Replica:
     handlers: Handlers
     answers: Answers
     loops: Loops
+    sessions: Sessions
 
     def endings(self) -> list[Any]:
         """What its next turn writes: of each item the first."""
@@ -183,7 +186,7 @@ class Rig:
         self.clock = Clock()
         await self.pool.execute(
             "TRUNCATE a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, "
-            "replicas, outbox, dead_letters"
+            "replicas, proxies, outbox, dead_letters"
         )
 
     async def replica(self) -> Replica:
@@ -194,7 +197,8 @@ class Rig:
         handlers = Handlers(settings, edges[0], drain)
         loops = Loops(settings, self.pool, self.pool, edges[0], drain)
         await loops.beat()
-        return Replica(settings.replica_id, drain, handlers, Answers(edges[0], drain, loops.snapshots.wake), loops)
+        answers = Answers(edges[0], drain, loops.snapshots.wake)
+        return Replica(settings.replica_id, drain, handlers, answers, loops, Sessions(settings, edges[0], drain))
 
     async def crash(self, replica: Replica) -> None:
         """It is gone in the middle of everything: what it held in memory too."""
@@ -273,7 +277,9 @@ class Rig:
 
 @asynccontextmanager
 async def open_rig(stack: Stack) -> AsyncIterator[Rig]:
-    settings = queue_settings(stack, follow_min_s=0.001, follow_max_s=0.001, starvation_limit_s=STARVES_S)
+    settings = queue_settings(
+        stack, follow_min_s=0.001, follow_max_s=0.001, starvation_limit_s=STARVES_S, stop_grace_s=GRACE_S
+    )
     async with (
         standing_clock(stack),
         asyncpg.create_pool(

@@ -40,6 +40,15 @@ class Proxy:
 
 
 @dataclass(slots=True)
+class Gate:
+    """The newest word about one session in the gate."""
+
+    rev: int
+    until: float
+    left: bool
+
+
+@dataclass(slots=True)
 class Seat:
     """A workspace."""
 
@@ -65,11 +74,55 @@ class Seat:
     """How often in a row it was shut."""
     served_critical: bool = False
     """What went last was CRITICAL."""
+    gates: dict[str, Gate] = field(default_factory=dict)
+    closings: int = 0
+    """How often the gate was closed while it was open."""
+    life_at: float | None = None
+    """When its newest life was first heard of."""
+    word: int = 0
+    """The rev of liveness' newest word about a life that is not over."""
+    is_down: bool = False
+    dead: int | None = None
+    """The last life that was declared dead, and did not come back."""
+    dead_at: float = 0.0
+
+    def begin_life(self, incarnation: int, at: float) -> bool:
+        """Whether it is a new one."""
+        if incarnation <= self.incarnation:
+            return False
+        self.incarnation, self.life_at, self.is_down = incarnation, at, False
+        return True
+
+    def hear_life(self, rev: int, incarnation: int, *, down: bool, now: float) -> None:
+        if rev <= self.word or incarnation < self.incarnation:
+            return
+        if self.begin_life(incarnation, now):
+            self.beat = None
+            self.open()
+        self.word = rev
+        if down and self.dead != incarnation:
+            self.dead_at = now
+        if down:
+            self.dead = incarnation
+        elif self.dead == incarnation:
+            self.dead = None
+        self.is_down = down
+
+    def hear_gate(self, session: str, rev: int, until: float, *, closed: bool, now: float) -> None:
+        known = self.gates.get(session)
+        if known is not None and (rev < known.rev or (rev == known.rev and known.left)):
+            return
+        self.closings += closed and until > now and self.gate_until(now) is None
+        self.gates[session] = Gate(rev, until, not closed)
+
+    def gate_until(self, now: float) -> float | None:
+        return max((gate.until for gate in self.gates.values() if gate.until > now and not gate.left), default=None)
 
     def hear(self, beat: Beat, maximum: int | None = None) -> None:
         if beat.incarnation < self.incarnation or (beat.incarnation, beat.rev) <= self.heard:
             return
-        self.incarnation, self.beat, self.heard = beat.incarnation, beat, (beat.incarnation, beat.rev)
+        self.begin_life(beat.incarnation, beat.at)
+        self.beat, self.heard = beat, (beat.incarnation, beat.rev)
         self.maximum = maximum or self.maximum
         if beat.active < self.maximum:
             self.open()
@@ -109,7 +162,8 @@ class Seat:
 
     def is_open(self, now: float) -> bool:
         shut = self.shut_until is not None and self.shut_until > now
-        return self.reachable and self.paused_at is None and not (self.removed or shut)
+        kept = self.removed or shut or self.is_down or self.gate_until(now)
+        return self.reachable and self.paused_at is None and not kept
 
     def capacity(self, now: float) -> int:
         return max(0, self.maximum - self.in_use(now)) if self.is_open(now) else 0

@@ -15,6 +15,7 @@ from shared.facts import (
     WorkspaceHeartbeat,
     WorkspaceRegistered,
     WorkspaceRemoved,
+    WorkspaceStatus,
 )
 from tests.chaos.kit.model_base import Base, some
 from tests.chaos.kit.model_clock import moment
@@ -64,14 +65,13 @@ class Seats(Base):
         now = await self.rig.read(kind, replica.handlers.registered, [fact])
         if rev <= seat.registry_rev:
             return
-        if fact.incarnation > seat.incarnation:
+        if seat.begin_life(fact.incarnation, now):
             seat.beat = None
             seat.open()
         self.model.pause(seat, now) if paused else self.model.go_on(seat, now)
         seat.registry_rev, seat.reachable, seat.removed = rev, True, False
         seat.maximum, seat.at_most_once, seat.give_up_after_s = maximum, once, give_up_s
         seat.least_maximum = min(seat.least_maximum, maximum)
-        seat.incarnation = max(seat.incarnation, fact.incarnation)
 
     async def removed(self, replica: Replica, seat: Seat) -> None:
         self.revs[seat.name] += 1
@@ -79,6 +79,27 @@ class Seats(Base):
         now = await self.rig.read(WorkspaceRemoved, replica.handlers.removed, [fact])
         self.model.go_on(seat, now)
         seat.registry_rev, seat.removed = fact.rev, True
+
+    @rule(
+        by=some, index=some,
+        status=st.sampled_from(["offline", "offline", "restarting", "gave_up", "online", "suspect"]),
+        life=st.sampled_from([-1, 0, 0, 0, 1]), old=st.sampled_from([False, False, True]),
+    )  # fmt: skip
+    def declare(self, by: int, index: int, **said: Any) -> None:
+        """Liveness says who is dead and who is not, about this life or another; or what it said before comes late."""
+        self.run(self.declared(self.pick(by), self.seat(index), **said))
+
+    async def declared(
+        self, replica: Replica, seat: Seat, status: Any, *, life: int = 0, old: bool = False
+    ) -> None:  # fmt: skip
+        self.lives[seat.name] += 1
+        rev = max(0, seat.word - 1) if old else self.lives[seat.name]
+        fact = WorkspaceStatus(
+            workspace_id=seat.name, rev=rev, incarnation=max(1, seat.incarnation + life), status=status, reason="",
+        )  # fmt: skip
+        now = await self.rig.read(WorkspaceStatus, replica.handlers.statuses, [fact])
+        seat.hear_life(rev, fact.incarnation, down=status in {"offline", "restarting", "gave_up"}, now=now)
+        self.seen["down" if seat.is_down else "up"] += 1
 
     @rule(
         by=some, index=some, active=st.sampled_from([0, 0, 0, 1, 1, 3]), life=st.sampled_from([-1, 0, 0, 0, 0, 1]),

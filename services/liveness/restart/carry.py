@@ -1,154 +1,29 @@
-"""The one door: who is declared dead, and the only caller of a driver that starts or ends anything.
-
-Transaction 1 fences: this incarnation, believed alive, no other restart open; it writes the restart, marks the agent
-and tells. Then a replica leases the restart and calls the driver, bounded, with the container that it expects.
-Transaction 2 writes what came of it. A loser of the fence does nothing; no write, no restart. A restart whose lease has
-ended is finished by another replica under the same fence, and so once.
-"""
+"""Restarts that are due: leased, carried out by their driver, and written down (transaction 2)."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from uuid import UUID
-
-from uuid_utils.compat import uuid7
 
 from services.liveness import store
 from services.liveness.decide import budget
-from services.liveness.decide.judge import Reason
-from services.liveness.decide.life import Life, Status, believed, unsuspected
-from services.liveness.decide.orders import Ruling, rule
+from services.liveness.decide.life import Life, Status, believed
 from services.liveness.decide.seen import Observation
 from services.liveness.drivers import CannotRunError, Driver, DriverError, FencedError, Killed, Target
-from services.liveness.metrics import CALLS_FAILED, ORDERS, RESTARTS, RESTARTS_ENDED
+from services.liveness.metrics import CALLS_FAILED
+from services.liveness.restart import door
 from services.liveness.settings import Settings
 from services.liveness.store import SQL, Restart
-from shared import outbox
 from shared.database import Connection, Pool, transact
-from shared.facts import DirectiveKind, SessionDirective, SessionKill
 from shared.loops import Loop
 from shared.telemetry import log
 
 _CLAIM_MAX = 200
 _HELD_ELSEWHERE_S = 0.05
-_ERROR_MAX = 300
-_ALIVE = frozenset({Reason.OPERATOR, Reason.CEILING, Reason.WEDGED})
-"""Reasons that speak of an agent that runs: it goes down when its turn comes, not when that is decided."""
-
-
-async def declare_dead(
-    connection: Connection, life: Life, reason: Reason, evidence: str, now: datetime, *, notice_s: float = 0.0
-) -> Life:
-    """Transaction 1, inside the caller's, which holds the agent: open the restart, or give up. The caller saves it.
-
-    `notice_s`: what an agent that can still hear gets before its turn. A request during a restart is that restart.
-    """
-    if await store.find_open(connection, life.workspace_id) is not None:
-        ordered_at = now if reason in budget.UNBUDGETED else None
-        await connection.execute(SQL["ask_again"], life.workspace_id, ordered_at)
-        return life
-    since = now - timedelta(seconds=budget.BUDGET_WINDOW_S)
-    recent = await connection.fetchval(SQL["recent_restarts"], life.workspace_id, since)
-    plan = budget.plan(life, reason, recent, now)
-    if plan.due_at is None:
-        RESTARTS_ENDED.labels("gave_up").inc()
-        log.error("gave_up", workspace_id=life.workspace_id, why=plan.sentence)
-        return believed(unsuspected(plan.life), Status.GAVE_UP, plan.sentence)
-    due_at = plan.due_at + timedelta(seconds=notice_s)
-    fence = await connection.fetchval(
-        SQL["open_restart"], uuid7(), life.workspace_id, life.incarnation, reason.value, evidence,
-        "kill" if reason is Reason.CEILING else "start", now, due_at,
-    )  # fmt: skip
-    if fence is None:
-        return life  # the fence: somebody else was first, or it is another life
-    RESTARTS.labels(reason.value).inc()
-    log.warning("declared_dead", workspace_id=life.workspace_id, incarnation=life.incarnation, reason=reason.value,
-                fence=fence, evidence=evidence, due=plan.sentence)  # fmt: skip
-    after = replace(plan.life, fence=fence)
-    if reason in _ALIVE:
-        return after
-    return believed(unsuspected(replace(after, boot_until=None)), Status.OFFLINE, evidence)
-
-
-async def tell_and_restart(
-    connection: Connection, life: Life, reason: Reason, evidence: str, now: datetime, *, notice_s: float
-) -> Life:
-    """Restart an agent that may still hear: it is asked to save its work first (A-L-19)."""
-    notice_s = notice_s if life.heard_at is not None else 0.0
-    after = await declare_dead(connection, life, reason, evidence, now, notice_s=notice_s)
-    if after.fence > life.fence and notice_s > 0:
-        directive = SessionDirective(
-            workspace_id=life.workspace_id,
-            rev=after.fence,
-            directive_id=uuid7(),
-            session_id=f"restart:{life.workspace_id}:{life.incarnation}:{after.fence}",
-            incarnation=life.incarnation,
-            kind=DirectiveKind.CHECKPOINT,
-            reason="restart",
-            deadline=now + timedelta(seconds=notice_s),
-        )
-        await outbox.add(connection, [directive])
-    return after
-
-
-async def order(
-    connection: Connection, life: Life | None, fact: SessionKill, now: datetime, *, drivers: Collection[str]
-) -> Life | None:
-    """Take an order to kill: answer it, or open the restart whose kill answers it. `drivers`: those that may act."""
-    opened = life is not None and await store.find_open(connection, life.workspace_id) is not None
-    killed = await connection.fetchval(SQL["was_killed"], fact.workspace_id, fact.incarnation)
-    ruling = rule(
-        life, incarnation=fact.incarnation, expires_at=fact.expires_at, is_opened=opened, was_killed=killed,
-        drivers=drivers, now=now,
-    )  # fmt: skip
-    log.warning("kill_ordered", workspace_id=fact.workspace_id, session_id=fact.session_id, ruling=ruling.value)
-    if ruling not in {Ruling.KILL, Ruling.JOIN}:
-        await _answer(connection, fact.order_id, ruling.value, now)
-        return life
-    assert life is not None
-    return await declare_dead(connection, life, Reason.CEILING, f"ordered for session {fact.session_id}", now)
-
-
-async def withdraw(connection: Connection, life: Life, result: str, now: datetime) -> bool:
-    """End a restart that nobody has begun: its agent speaks again, or is another one, or is gone."""
-    row = await connection.fetchrow(SQL["find_open"], life.workspace_id)
-    if row is None or row["owner"] is not None:
-        return False
-    await _end(connection, row["restart_id"], result, now)
-    await _settle_orders(connection, life, now)
-    return True
-
-
-async def _end(
-    connection: Connection, restart_id: UUID, result: str, now: datetime, *, error: str | None = None,
-    owner: str | None = None,
-) -> bool:  # fmt: skip
-    words = error[:_ERROR_MAX] if error is not None else None
-    if await connection.fetchval(SQL["end_restart"], restart_id, now, result, words, owner) is None:
-        return False
-    RESTARTS_ENDED.labels(result).inc()
-    return True
-
-
-async def _answer(connection: Connection, order_id: UUID, result: str, now: datetime) -> None:
-    if await store.answer_order(connection, order_id, result, now):
-        ORDERS.labels(result).inc()
-
-
-async def _settle_orders(connection: Connection, life: Life, now: datetime) -> None:
-    """Answer the orders of a kill that will not happen: of another life they are stale, else they have expired."""
-    for row in await connection.fetch(SQL["open_orders"], life.workspace_id):
-        if row["incarnation"] < life.incarnation:
-            await _answer(connection, row["order_id"], "stale", now)
-        elif life.removed:
-            await _answer(connection, row["order_id"], "already_ended", now)
-        else:
-            await _answer(connection, row["order_id"], "expired", now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +80,7 @@ class Restarts:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             # Not written: the lease ends, and somebody goes on under the same fence.
-            log.error("restart_not_written", error=f"{type(error).__name__}: {error}"[:_ERROR_MAX])
+            log.error("restart_not_written", error=f"{type(error).__name__}: {error}"[: door.ERROR_MAX])
         self.loop.wake()
 
     # ── transaction 1 of an agent that runs; the lease of every one ──────────────────────────────────────────────────
@@ -234,8 +109,8 @@ class Restarts:
         live = await self._live_orders(connection, restart, moment)
         observes = self._settings.mode == "observe"
         if (result := _why_not(restart, life, has_orders=bool(live), observes=observes)) is not None:
-            await _end(connection, restart.restart_id, result, moment)
-            await _settle_orders(connection, life, moment)
+            await door.end(connection, restart.restart_id, result, moment)
+            await door.settle_orders(connection, life, moment)
             await self._release(connection, life, moment, down=False)
             return None
         if restart.driver not in self._drivers:
@@ -258,7 +133,7 @@ class Restarts:
         live = []
         for row in await connection.fetch(SQL["open_orders"], restart.workspace_id):
             if restart.phase == "kill" and row["expires_at"] <= moment:
-                await _answer(connection, row["order_id"], "expired", moment)
+                await door.answer(connection, row["order_id"], "expired", moment)
             else:
                 live.append(row["expires_at"])
         return live
@@ -313,13 +188,13 @@ class Restarts:
         for row in await connection.fetch(SQL["open_orders"], life.workspace_id):
             of_it = row["incarnation"] <= max(job.restart.incarnation, job.life.incarnation)
             if of_it:
-                await _answer(connection, row["order_id"], results[killed], moment)
+                await door.answer(connection, row["order_id"], results[killed], moment)
         log.warning("killed", workspace_id=life.workspace_id, result=killed.value, fence=job.restart.fence)
         stays_down = life.desired == "stopped" or life.paused or life.cordoned or life.removed
         if killed is not Killed.REPLACED and not stays_down:
             return True
         result = "replaced" if killed is Killed.REPLACED else "killed"
-        await _end(connection, job.restart.restart_id, result, moment, owner=self._settings.replica_id)
+        await door.end(connection, job.restart.restart_id, result, moment, owner=self._settings.replica_id)
         await self._release(connection, life, moment, down=killed is not Killed.REPLACED)
         return False
 
@@ -329,16 +204,22 @@ class Restarts:
         if life.status in {Status.OFFLINE, Status.RESTARTING}:
             status = Status.OFFLINE if down else Status.ONLINE
             after = believed(after, status, "it was ended, and is not wanted back" if down else "")
+            if life.paused:
+                after = believed(after, Status.PAUSED, "it was ended while it was paused" if down else "it is paused")
         await store.save(connection, {life.workspace_id: life}, [after], moment)
 
     async def _started(self, connection: Connection, *, job: _Job, seen: Observation, now: datetime | None) -> None:
         moment = await store.clock(connection, now)
         life = (await store.lock(connection, [job.restart.workspace_id]))[job.restart.workspace_id]
-        if not await _end(connection, job.restart.restart_id, "started", moment, owner=self._settings.replica_id):
+        if not await door.end(connection, job.restart.restart_id, "started", moment, owner=self._settings.replica_id):
             log.warning("restart_was_finished", workspace_id=life.workspace_id, fence=job.restart.fence)
             return
+        for row in await connection.fetch(SQL["open_orders"], life.workspace_id):
+            if row["incarnation"] <= job.restart.incarnation:
+                await door.answer(connection, row["order_id"], "already_ended", moment)
         after = replace(
             life,
+            known=True,
             container_id=seen.container_id,
             started_at=seen.started_at,
             restarts=life.restarts + 1,
@@ -350,7 +231,8 @@ class Restarts:
         )
         if life.incarnation == job.restart.incarnation and not life.removed:
             boot_until = moment + timedelta(seconds=self._settings.boot_s)
-            after = replace(after, boot_until=boot_until, unheard=life.unheard + 1)
+            # What was heard before this start was the one that is gone: it must not vouch for the new one.
+            after = replace(after, boot_until=boot_until, unheard=life.unheard + 1, heard_at=None)
             after = believed(after, Status.RESTARTING, "it was started and has not been heard yet")
         await store.save(connection, {life.workspace_id: life}, [after], moment)
         fence = job.restart.fence
@@ -361,9 +243,9 @@ class Restarts:
             moment = await store.clock(connection, now)
             life = (await store.lock(connection, [job.restart.workspace_id]))[job.restart.workspace_id]
             owner = self._settings.replica_id
-            if not await _end(connection, job.restart.restart_id, result, moment, error=error, owner=owner):
+            if not await door.end(connection, job.restart.restart_id, result, moment, error=error, owner=owner):
                 return
-            await _settle_orders(connection, life, moment)
+            await door.settle_orders(connection, life, moment)
             if result == "cannot_run":
                 after = believed(life, Status.GAVE_UP, error)
                 await store.save(connection, {life.workspace_id: life}, [after], moment)
@@ -371,22 +253,28 @@ class Restarts:
                 await self._release(connection, life, moment, down=False)
 
         await transact(self._pool, work)
-        log.error("restart_ended", workspace_id=job.restart.workspace_id, result=result, error=error[:_ERROR_MAX])
+        log.error("restart_ended", workspace_id=job.restart.workspace_id, result=result, error=error[: door.ERROR_MAX])
 
     async def _postpone(self, job: _Job, error: str, now: datetime | None) -> None:
         """The call failed or hung: again, later each time, with a row that says so (D-S20)."""
         CALLS_FAILED.inc()
-        wait_s = budget.retry_s(job.restart.tries + 1)
+        wait_s = budget.retry_s(job.restart.tries + 1, backoff_s=self._settings.backoff_s)
 
         async def work(connection: Connection) -> None:
             moment = await store.clock(connection, now)
             due_at = moment + timedelta(seconds=wait_s)
             await connection.execute(
-                SQL["postpone_restart"], job.restart.restart_id, due_at, error[:_ERROR_MAX], self._settings.replica_id
+                SQL["postpone_restart"],
+                job.restart.restart_id,
+                due_at,
+                error[: door.ERROR_MAX],
+                self._settings.replica_id,
             )
 
         await transact(self._pool, work)
-        log.error("driver_call_failed", workspace_id=job.restart.workspace_id, error=error[:_ERROR_MAX], again_s=wait_s)
+        log.error(
+            "driver_call_failed", workspace_id=job.restart.workspace_id, error=error[: door.ERROR_MAX], again_s=wait_s
+        )
 
 
 def _why_not(restart: Restart, life: Life, *, has_orders: bool, observes: bool) -> str | None:
