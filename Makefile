@@ -10,7 +10,7 @@ CHAOS := -n 4 --dist worksteal
 STEP = @sh -c 'b=$$(date +%s); "$$@"; r=$$?; echo "$$0  $$(( $$(date +%s) - b )) s" >&2; exit $$r'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos test-chaos-long bench bench-peers bench-large bench-smoke lint types format scenarios lock fresh
+.PHONY: help setup run demo down test test-unit test-integration test-e2e test-chaos test-chaos-long bench bench-peers bench-large bench-fleet bench-smoke lint types format scenarios lock fresh
 
 help: ## What there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -59,8 +59,12 @@ bench-peers: setup ## The same with nginx, procrastinate, pgqueuer, celery, dram
 bench-large: setup ## The claim among ten million waiting items (8 GB of disk)
 	@$(PY) -m tests.bench --large $(ARGS) claim
 
+bench-fleet: setup ## Who is declared dead in a fleet's day, by four rules in the same world: false restarts, detection, outages
+	@$(PY) -m tests.bench.fleet $(ARGS)
+
 bench-smoke: setup ## One short round of every figure: whether it runs, not how fast
 	$(STEP) "benchmarks, one short round" $(PY) -m tests.bench --smoke $(ARGS)
+	$(STEP) "fleet benchmark, one hour" $(PY) -m tests.bench.fleet --smoke
 
 lint: setup ## Ruff with every rule that is not refused in pyproject.toml
 	$(STEP) "lint" $(PY) -m ruff check .

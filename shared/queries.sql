@@ -17,23 +17,26 @@ ORDER BY c.relname
 INSERT INTO outbox (fact_type, fact) SELECT * FROM unnest($1::text[], $2::bytea[])
 
 -- name: claim_outbox
+-- Rows are changed by their place, here and below: a plan that was made while the outbox was empty, as it is nearly always,
+-- would by id compare each of its rows with each of the claimed.
 WITH due AS (
-  SELECT id FROM outbox
+  SELECT ctid AS place FROM outbox
   WHERE claimed_until IS NULL OR claimed_until < coalesce($3, now())
   ORDER BY id LIMIT $1
   FOR NO KEY UPDATE SKIP LOCKED)
 UPDATE outbox SET claimed_until = coalesce($3, now()) + make_interval(secs => $2)
-FROM due WHERE outbox.id = due.id
+FROM due WHERE outbox.ctid = due.place
 RETURNING outbox.id, outbox.fact_type, outbox.fact, outbox.claimed_until
 
 -- name: release_outbox
 -- Only while the claim is still ours.
-WITH mine AS (SELECT id FROM outbox WHERE id = ANY($1::bigint[]) AND claimed_until = $2 ORDER BY id FOR NO KEY UPDATE)
-UPDATE outbox SET claimed_until = NULL FROM mine WHERE outbox.id = mine.id
+WITH mine AS (
+  SELECT ctid AS place FROM outbox WHERE id = ANY($1::bigint[]) AND claimed_until = $2 ORDER BY id FOR NO KEY UPDATE)
+UPDATE outbox SET claimed_until = NULL FROM mine WHERE outbox.ctid = mine.place
 
 -- name: delete_outbox
-WITH mine AS (SELECT id FROM outbox WHERE id = ANY($1::bigint[]) ORDER BY id FOR UPDATE)
-DELETE FROM outbox USING mine WHERE outbox.id = mine.id
+WITH mine AS (SELECT ctid AS place FROM outbox WHERE id = ANY($1::bigint[]) ORDER BY id FOR UPDATE)
+DELETE FROM outbox USING mine WHERE outbox.ctid = mine.place
 
 -- name: outbox_oldest_age
 -- Of the first by id: min(added_at) would read all that waits, at each turn.

@@ -240,7 +240,7 @@ def _speaks_of_death(seen: Observation | None) -> bool:
 
 def _says_nothing_new(life: Life, decision: Decision) -> bool:
     """Whether a look changes nothing, as most do: then it costs no transaction."""
-    if decision.verdict not in {Verdict.ALIVE, Verdict.LEFT_ALONE} or decision.life != life:
+    if decision.verdict not in {Verdict.ALIVE, Verdict.LEFT_ALONE} or decision.life is not life:
         return False
     VERDICTS.labels(decision.verdict.value).inc()
     return True

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
 import asyncpg
+import orjson
 
 from services.liveness.decide.judge import Decision
 from services.liveness.decide.life import Life, Status
@@ -65,7 +66,7 @@ async def save(connection: Connection, before: Mapping[str, Life], after: Sequen
     if not changed:
         return
     ordered = sorted(changed, key=lambda life: life.workspace_id)
-    await connection.execute(SQL["save_agents"], json.dumps([asdict(life) for life in ordered], default=_plain))
+    await connection.execute(SQL["save_agents"], orjson.dumps(ordered).decode())
     told = [life for life in ordered if life.status_rev > _status_rev(before.get(life.workspace_id))]
     if told:
         await outbox.add(connection, [status_of(life) for life in told])
@@ -87,11 +88,6 @@ def _numbered(before: Life | None, life: Life, now: datetime) -> Life:
     if (life.status, life.reason) == was:
         return life if life.status_at is not None else replace(life, status_at=now)
     return replace(life, status_rev=_status_rev(before) + 1, status_at=now)
-
-
-def _plain(value: object) -> str:
-    assert isinstance(value, datetime)
-    return value.isoformat()
 
 
 def checked_at(life: Life, moment: datetime) -> Life:

@@ -21,6 +21,8 @@ async def closed_gates(
 ) -> list[GateClosed]:
     """Say of each session in a gate of these workspaces that it is closed, where it is; not if it was in `unless`.
 
+    Nor of one that its owner is about to let go, for which nothing is to be killed.
+
     In the transaction that holds them, so that no delivery begins between the look and the word.
     """
     shut = {name: each for name, each in workspaces.items() if decide.gate_until(each, now) is not None}
@@ -41,7 +43,13 @@ async def _closed(
     connection: Connection, workspace: Workspace, proxies: Iterable[str], until: float, now: float
 ) -> list[GateClosed]:
     said = [workspace.forwards[proxy_id] for proxy_id in sorted(proxies)]
-    in_flight = [delivery(row) for row in await store.running(connection, [workspace])] + forwards(said)
+    rows = await store.running(connection, [workspace])
+    in_flight = [delivery(row) for row in rows] + forwards(said)
+    let_go = {
+        each.session_id
+        for each, row in zip(in_flight, rows, strict=False)
+        if decide.is_being_let_go(workspace, row["stop_epoch"], now)
+    }
     return [
         GateClosed(
             workspace_id=workspace.workspace_id,
@@ -57,4 +65,5 @@ async def _closed(
             cadence_s=workspace.beat_cadence_s,
         )
         for session_id in decide.in_gate(workspace, now)
+        if session_id not in let_go
     ]

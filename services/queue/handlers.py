@@ -95,6 +95,7 @@ class Handlers:
                 cadence_s=fact.cadence_s,
                 incarnation=fact.incarnation,
                 maximum=fact.max_concurrent_tasks,
+                now=before.now,
                 begun_after=sum(
                     row["workspace_id"] == name and row["dispatched_at"] > fact.occurred_at for row in begun
                 ),

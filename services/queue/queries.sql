@@ -97,7 +97,8 @@ FROM workspaces WHERE waiting > 0 OR running > 0 OR engaged ORDER BY workspace_i
 
 -- name: running_items
 -- The newest first, and no more than the workspace's counter says there are.
-SELECT q.queue_id, q.workspace_id, q.delivery_no, q.key_hash, q.dispatched_at, q.ceiling_s, q.schedule_id
+SELECT q.queue_id, q.workspace_id, q.delivery_no, q.key_hash, q.dispatched_at, q.ceiling_s, q.schedule_id,
+       extract(epoch FROM q.stop_at)::float8 AS stop_epoch
 FROM unnest($1::text[], $2::int[]) AS named(workspace_id, running) CROSS JOIN LATERAL (
   SELECT * FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = named.workspace_id
   ORDER BY dispatched_at DESC LIMIT named.running) q

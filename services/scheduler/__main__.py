@@ -41,6 +41,7 @@ async def main(settings: Settings) -> None:
         service.reader.store(WorkspaceChanged, handlers.registered)
         service.reader.store(WorkspaceRemoved, handlers.removed)
         service.health.add("ticking", ticking.probe)
+        service.health.add("sessions", sessions.probe)
         loops = [
             ticking.loop,
             sessions.loop,

@@ -35,6 +35,10 @@ UNENFORCEABLE = Gauge(
     "Sessions over their ceiling whose container nobody can end; every replica tells the same",
 )
 
+for reason in ("ceiling_near", "tick_waiting", "critical_waiting", "ceiling", "operator"):
+    DIRECTIVES.labels("checkpoint", reason)
+for reason in ("ceiling", "operator"):
+    DIRECTIVES.labels("stop", reason)
 for step in ("checkpoint_sent", "stop_sent", "kill_ordered", "ended"):
     STEPS.labels(step)
 for result in ("applied", "stale", "already_ended", "not_killable"):

@@ -29,13 +29,15 @@ ON CONFLICT DO NOTHING
 RETURNING schedule_id, fire_at
 
 -- name: advance_schedules
+-- By their place, here and below: a plan that was made while there were few would compare each with each. All are held.
 UPDATE schedules s
 SET next_fire_at = n.next_fire_at, due_at = n.due_at, remaining_runs = n.remaining_runs,
     fires_total = s.fires_total + n.fires, coalesced = s.coalesced + n.merged, missed = s.missed + n.missed
 FROM unnest($1::uuid[], $2::timestamptz[], $3::timestamptz[], $4::timestamptz[], $5::bigint[], $6::bigint[], $7::bigint[],
             $8::bigint[])
   AS n (schedule_id, was, next_fire_at, due_at, remaining_runs, fires, merged, missed)
-WHERE s.schedule_id = n.schedule_id AND s.next_fire_at = n.was
+CROSS JOIN LATERAL (SELECT ctid AS place FROM schedules WHERE schedule_id = n.schedule_id LIMIT 1) held
+WHERE s.ctid = held.place AND s.next_fire_at = n.was
 
 -- name: count_fires
 UPDATE schedules SET fires_total = fires_total + $2, canceled = canceled + $3 WHERE schedule_id = $1
@@ -114,26 +116,29 @@ SELECT workspace_id, removed FROM workspaces WHERE workspace_id = ANY($1::text[]
 
 -- name: settle_fires
 -- Each fire ends once: one that has an outcome keeps it.
-WITH mine AS (
-  SELECT f.schedule_id, f.fire_at, n.outcome, n.reason, n.merged_into, n.began_at
+-- Sorted by the caller, who holds their schedules.
+WITH mine AS MATERIALIZED (
+  SELECT open.place, n.outcome, n.reason, n.merged_into, n.began_at
   FROM unnest($1::uuid[], $2::timestamptz[], $3::text[], $4::text[], $5::timestamptz[], $6::timestamptz[])
     AS n (schedule_id, fire_at, outcome, reason, merged_into, began_at)
-  JOIN fires f ON f.schedule_id = n.schedule_id AND f.fire_at = n.fire_at
-  WHERE f.outcome IS NULL
-  ORDER BY f.schedule_id, f.fire_at
-  FOR NO KEY UPDATE OF f)
+  CROSS JOIN LATERAL (
+    SELECT ctid AS place FROM fires
+    WHERE schedule_id = n.schedule_id AND fire_at = n.fire_at AND outcome IS NULL
+    LIMIT 1 FOR NO KEY UPDATE) open)
 UPDATE fires f
 SET outcome = mine.outcome, reason = coalesce(mine.reason, f.reason), merged_into = mine.merged_into,
     began_at = mine.began_at, settled_at = now()
 FROM mine
-WHERE f.schedule_id = mine.schedule_id AND f.fire_at = mine.fire_at AND f.outcome IS NULL
+WHERE f.ctid = mine.place AND f.outcome IS NULL
 RETURNING f.schedule_id, f.fire_at, f.by_hand, f.outcome, f.began_at, f.merged_into
 
 -- name: bounce_fires
 -- Each fire bounces once, whoever says so first.
 UPDATE fires f SET bounced = true
 FROM unnest($1::uuid[], $2::timestamptz[]) AS n (schedule_id, fire_at)
-WHERE f.schedule_id = n.schedule_id AND f.fire_at = n.fire_at AND NOT f.bounced
+CROSS JOIN LATERAL (
+  SELECT ctid AS place FROM fires WHERE schedule_id = n.schedule_id AND fire_at = n.fire_at LIMIT 1) held
+WHERE f.ctid = held.place AND NOT f.bounced
 RETURNING f.schedule_id, f.fire_at
 
 -- name: settle_schedules
@@ -153,7 +158,8 @@ FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], 
             $9::bigint[], $10::bigint[], $11::bigint[], $12::timestamptz[], $13::bool[])
   AS n (schedule_id, delivered, merged, skipped, missed, failed, ceiling, canceled, ran, given_back, bounced, began_at,
         anew)
-WHERE s.schedule_id = n.schedule_id
+CROSS JOIN LATERAL (SELECT ctid AS place FROM schedules WHERE schedule_id = n.schedule_id LIMIT 1) held
+WHERE s.ctid = held.place
 
 -- name: revive_schedule
 UPDATE schedules SET next_fire_at = $2, due_at = $3 WHERE schedule_id = $1
@@ -285,6 +291,11 @@ SELECT workspace_id, settings, incarnation FROM workspaces WHERE workspace_id = 
 WITH mine AS (
   SELECT session_id FROM sessions WHERE ended_at IS NULL AND workspace_id = ANY($1::text[])
   ORDER BY session_id FOR NO KEY UPDATE)
+UPDATE sessions s SET due_at = least(s.due_at, now()) FROM mine WHERE s.session_id = mine.session_id
+
+-- name: look_at_sessions
+-- At the start of a replica: what is allowed where nothing else is said may have changed.
+WITH mine AS (SELECT session_id FROM sessions WHERE ended_at IS NULL ORDER BY session_id FOR NO KEY UPDATE)
 UPDATE sessions s SET due_at = least(s.due_at, now()) FROM mine WHERE s.session_id = mine.session_id
 
 -- name: read_activities

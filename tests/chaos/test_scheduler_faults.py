@@ -113,6 +113,7 @@ async def test_a_loop_that_stands_still_is_seen_within_two_ticks(faulty: Stack) 
                     return False
                 assert (report["postgres"], report["rabbitmq"], report["reader"]) == ("ok", "ok", "ok")
                 assert report["ticking"].startswith("LoopSilent")
+                assert report["sessions"] == "ok", "the end of sessions goes on"
                 return True
 
             await until(seen)

@@ -45,8 +45,8 @@ def graces(seconds: float) -> dict[str, str]:
     return {
         **QUICK,
         "BIDE_SESSION_CEILING_S": f"{CEILING_S:g}",
-        "BIDE_SCHEDULER_CHECKPOINT_GRACE_S": f"{seconds:g}",
-        "BIDE_SCHEDULER_STOP_GRACE_S": f"{seconds:g}",
+        "BIDE_CHECKPOINT_GRACE_S": f"{seconds:g}",
+        "BIDE_STOP_GRACE_S": f"{seconds:g}",
     }
 
 

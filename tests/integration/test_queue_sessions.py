@@ -407,6 +407,36 @@ async def test_what_the_beats_of_an_agent_no_longer_show_is_abandoned(chief: Sup
         await chief.front.ended(await kept(chief, name))
 
 
+async def test_nothing_is_killed_for_what_is_about_to_be_abandoned(stack: Stack) -> None:
+    """Policies §3: the gate's word would license a kill between the beat that shows nothing and its owner's look."""
+    name = fresh()
+    slow = {**TIMING, "reread_s": 1.0}
+    async with supervisor(stack) as chief, queue_service(stack, **slow), puppet() as mute:
+        await chief.front.register(name, mute.url)
+        await chief.proxy_lives("p")
+        await chief.front.heartbeat(name, active=1)
+        await chief.front.heartbeat(name, active=0)
+        queue_id = await kept(chief, name)
+        await until(lambda: _asked(mute, "message/send"))
+        await chief.front.heartbeat(name, active=1)
+        await chief.stop(name, queue_id)
+        session = f"{queue_id}:1"
+        await chief.gate(name, session)
+        await chief.proxy_says("p", name, generation=1, for_s=120)
+        await chief.closed(name)  # it goes on, as far as anybody knows
+
+        async def ended() -> bool:
+            await chief.front.heartbeat(name, active=0)
+            told = len(chief.closings(name))
+            await chief.gate(name, session)
+            await chief.snapshot()
+            assert len(chief.closings(name)) == told
+            return bool(await chief.rows.fetchval("SELECT count(*) FROM a2a_finished WHERE queue_id = $1", queue_id))
+
+        await until(ended)
+        assert (await chief.front.item(queue_id))["reason"] == "abandoned"
+
+
 async def test_a_lower_ceiling_reaches_what_runs(chief: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     """C-K9: changed while a delivery runs, it bounds that one too, after the time in which a session is ended."""
     monkeypatch.setattr(deliver, "TURN_SLACK_S", 0.0)

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from shared.facts import SessionDirective, SessionGate, SessionStop
-from tests.integration.ender_kit import Supervisors, at, backlog, of, runs, supervisors, words
+from tests.integration.ender_kit import Replica, Supervisors, at, backlog, of, runs, supervisors, words
 
 __all__ = ["supervisors"]
 
@@ -189,6 +189,22 @@ async def test_the_gates_word_puts_the_kill_into_the_outbox(supervisors: Supervi
     assert (row["state"], row["deadline_at"], row["orders"]) == ("kill_ordered", until, 1)
 
 
+async def test_who_dies_of_a_kill_before_its_stop_is_stopped_too(supervisors: Supervisors) -> None:
+    await supervisors.until(2)
+    both = [runs("q:1"), runs("q:2", 1)]
+    for moment in (2, 100, 120):
+        await supervisors.until(moment)
+        await supervisors.see(backlog(*both))
+    await supervisors.pool.execute(
+        "UPDATE sessions SET state = 'checkpoint_sent', stop_reason = NULL, deadline_at = $1 WHERE session_id = 'q:2'",
+        at(141),
+    )
+    await supervisors.until(131)
+    stops = of(await supervisors.shut(in_flight=both), SessionStop)
+    assert [(each.session_id, each.reason) for each in stops][-1] == ("q:2", "ceiling")
+    assert len(await supervisors.kills()) == 1
+
+
 async def test_words_of_the_gate_in_any_order_leave_the_newest(supervisors: Supervisors) -> None:
     """C-K4: repeated, late, reordered."""
     await supervisors.brought_to("stop_sent")
@@ -339,6 +355,19 @@ async def test_what_a_workspace_allows_reaches_what_runs(supervisors: Supervisor
     assert (await supervisors.row())["due_at"] is None
     await supervisors.until(1e5)
     assert "q:1" not in {each.session_id for each in of(await supervisors.turn(), SessionDirective)}
+
+
+async def test_another_default_reaches_what_runs_when_a_replica_starts_with_it(supervisors: Supervisors) -> None:
+    """A session without a ceiling has no next moment: nobody would look at it again."""
+    await supervisors.allow(session_ceiling_s=0.0)
+    await supervisors.until(2)
+    await supervisors.see(backlog(runs("q:1")))
+    await supervisors.pool.execute("UPDATE workspaces SET settings = '{}'")
+    await supervisors.until(150)
+    assert await supervisors.turn() == []
+    assert (await supervisors.row())["due_at"] is None
+    supervisors.replicas.append(Replica(supervisors.settings, supervisors.pool))
+    assert words(await supervisors.turn(2)) == ["checkpoint ceiling"]
 
 
 async def test_a_directive_said_again_is_the_same_under_another_ids_fact(supervisors: Supervisors) -> None:

@@ -258,9 +258,11 @@ async def test_what_nobody_can_end_is_said_in_a_sentence(patient: Supervisors) -
 
 async def test_all_that_runs_is_shown_at_once(patient: Supervisors) -> None:
     await patient.until(5)
-    await patient.see(backlog(runs("q:1")), backlog(runs("r:1"), name="v"), backlog(name="idle", waiting=3))
+    both = (runs("r:2", 4), runs("r:1", 3))
+    await patient.see(backlog(runs("q:1")), backlog(*both, name="v"), backlog(name="idle", waiting=3))
     status, said = await patient.ask("sessions", name="-")
     assert (status, sorted(said["workspaces"])) == (200, ["v", "w"])
+    assert [each["session_id"] for each in said["workspaces"]["v"]["sessions"]] == ["r:1", "r:2"], "the oldest first"
     assert said["workspaces"]["v"]["session"]["session_id"] == "r:1"
     status, said = await patient.ask("sessions", name="idle")
     assert (status, json.dumps(said)) == (200, '{"session": null, "sessions": [], "schedules": []}')

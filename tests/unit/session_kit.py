@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from services.scheduler import decide
-from services.scheduler.decide import Began, Closing, Directive, Gate, Kill, Pace, Rules, Say, Session, Stop
+from services.scheduler.decide import Began, Closing, Directive, Gate, Kill, Pace, Rules, Say, Session, Stop, StopToo
 from tests.unit.scheduler_kit import T0
 
 MS = timedelta(milliseconds=1)
@@ -62,6 +62,8 @@ def words(say: Say) -> str:
             return f"{say.kind} {say.reason}"
         case Stop():
             return f"cancel {say.reason}"
+        case StopToo():
+            return f"cancel {say.session_id}"
         case Gate():
             return "gate" if say.until is not None else "gate opens"
         case Kill():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.liveness.decide.doubts import doubt_of
-from services.liveness.decide.judge import BLIND_S, MEMORY_S, SPREAD_S, Doubt, Reason, Verdict, judge
+from services.liveness.decide.judge import AGAIN_S, BLIND_S, MEMORY_S, SPREAD_S, Doubt, Reason, Verdict, judge
 from services.liveness.decide.life import Life, Status, beat, evidence, gone, registered
 from services.liveness.decide.seen import Observation, Seen
 from shared.facts import EvidenceKind, WorkspaceEvidence, WorkspaceHeartbeat, WorkspaceRegistered
@@ -78,6 +78,9 @@ TABLE = [
     ("silent in the midst of work, not yet long", life(239, active=1), RUNNING, Verdict.ALIVE, Reason.RUNNING),
     ("silent in work that got on", life(240, active=1, progress_at=ago(9)), RUNNING, Verdict.ALIVE, Reason.RUNNING),
     ("silent and idle", life(240), RUNNING, Verdict.ALIVE, Reason.RUNNING),
+    ("silent because it boots", life(300, active=1, boot_until=ago(-1)), RUNNING, Verdict.ALIVE, Reason.RUNNING),
+    ("silent since it was started", life(400, active=1, restarted_at=ago(240)), RUNNING, Verdict.WEDGED, Reason.WEDGED),
+    ("started not long ago", life(400, active=1, restarted_at=ago(239)), RUNNING, Verdict.ALIVE, Reason.RUNNING),
     ("silent because it never beats", life(240, active=1, expects_beats=False), RUNNING, Verdict.ALIVE, Reason.RUNNING),
 ]  # fmt: skip
 
@@ -110,6 +113,19 @@ def test_the_story_of_08_33_46() -> None:
     assert second.verdict is Verdict.ALIVE
     assert second.life.suspicions == 0
     assert second.life.status is Status.ONLINE
+
+
+def test_a_suspect_is_looked_at_after_9_s_and_once_more_after_15() -> None:
+    """A-L-03, D-S4: most flakes end before the first of them, all before the second."""
+    first = judge(life(), STOPPED, NOW, CALM)
+    assert first.life.next_check_at == NOW + timedelta(seconds=AGAIN_S)
+    second = judge(first.life, STOPPED, NOW + timedelta(seconds=AGAIN_S), CALM)
+    assert second.verdict is Verdict.SUSPECT
+    assert second.life.next_check_at == NOW + timedelta(seconds=SPREAD_S)
+    assert second.sentence == "1 of 2 within 30 s, heard 13 s ago: waiting until 08:34:05."
+    third = judge(second.life, STOPPED, NOW + timedelta(seconds=SPREAD_S), CALM)
+    assert third.verdict is Verdict.DEAD
+    assert third.sentence.startswith("2 of 2 within 30 s, 15 s apart: dead")
 
 
 @pytest.mark.parametrize(

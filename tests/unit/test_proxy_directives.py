@@ -128,10 +128,15 @@ def test_one_session_has_one_stop_or_the_newest_checkpoint_of_each_reason(
 
 
 def test_the_older_of_two_does_not_come_back_with_its_repeat() -> None:
-    directives, older, newer = Directives(), directive("tick_waiting"), directive("tick_waiting")
-    for each in (older, newer, older.model_copy(update={"fact_id": uuid7(), "rev": 9})):
-        directives.hear(each, T0)
-    assert [each.directive_id for each in directives.of("w", 1, T0)] == [newer.directive_id]
+    """Whatever their ids are, which the scheduler derives from what it asks."""
+    ids = [UUID(int=1), UUID(int=2)]
+    for first, second in (ids, reversed(ids)):
+        directives = Directives()
+        older = directive("tick_waiting", directive_id=first, deadline=at(120))
+        newer = directive("tick_waiting", directive_id=second, deadline=at(150))
+        for each in (older, newer, older.model_copy(update={"fact_id": uuid7(), "rev": 9})):
+            directives.hear(each, T0)
+        assert [each.directive_id for each in directives.of("w", 1, T0)] == [second]
 
 
 def test_sessions_do_not_mind_each_other() -> None:

@@ -191,7 +191,9 @@ def test_spare(maximum: int, running: int, waiting: int, expected: int) -> None:
 
 
 def beat(workspace: Workspace, *, rev: int, active: int = 0, incarnation: int = 0, at: float = NOW) -> Workspace:
-    return hear_beat(workspace, rev=rev, at=at, active=active, cadence_s=30, incarnation=incarnation, maximum=None)
+    return hear_beat(
+        workspace, rev=rev, at=at, active=active, cadence_s=30, incarnation=incarnation, maximum=None, now=NOW
+    )
 
 
 def test_an_older_beat_or_life_changes_nothing() -> None:
@@ -219,7 +221,9 @@ def test_a_new_life_whose_first_beat_came_before_the_last_of_the_old_one_forgets
     """B-01, A-Q-23: begun after that beat, it may still run there; a later beat of the old life settles nothing."""
     old = replace(OPEN, recent_ended=((NOW - 1, 0.0),), max_concurrent=2)
     heard = beat(old, rev=1, at=NOW)
-    new = hear_beat(heard, rev=2, at=NOW - 2, active=0, cadence_s=30.0, incarnation=heard.incarnation + 1, maximum=None)
+    new = hear_beat(
+        heard, rev=2, at=NOW - 2, active=0, cadence_s=30.0, incarnation=heard.incarnation + 1, maximum=None, now=NOW
+    )
     assert taken(new, NOW) == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -26,6 +26,7 @@ from services.queue.decide import (
     hear_gate,
     in_gate,
     is_abandoned,
+    is_being_let_go,
     is_engaged,
     is_named,
     living,
@@ -104,12 +105,17 @@ def test_that_a_session_has_left_outlasts_what_is_on_its_way_and_is_forgotten() 
     late = hear_gate(left, "s", rev=5, closed=True, until=NOW + 500, now=NOW + 300)
     assert gate_until(late, NOW + 300) is None
     assert not is_engaged(left)
-    beaten = hear_beat(left, rev=1, at=NOW + 3600, active=0, cadence_s=30, incarnation=1, maximum=None)
+    beaten = hear_beat(left, rev=1, at=NOW, active=0, cadence_s=30, incarnation=1, maximum=None, now=NOW + 3600)
     assert beaten.gates == {}
 
 
+def test_a_beat_by_a_clock_that_is_ahead_opens_no_gate() -> None:
+    beaten = hear_beat(SHUT, rev=1, at=NOW + 3600, active=0, cadence_s=30, incarnation=1, maximum=None, now=NOW)
+    assert closed(beaten, NOW) is Closed.GATE
+
+
 def test_a_new_life_opens_no_gate() -> None:
-    beaten = hear_beat(SHUT, rev=1, at=NOW, active=0, cadence_s=30, incarnation=9, maximum=None)
+    beaten = hear_beat(SHUT, rev=1, at=NOW, active=0, cadence_s=30, incarnation=9, maximum=None, now=NOW)
     assert closed(beaten, NOW) is Closed.GATE
 
 
@@ -265,3 +271,21 @@ def test_a_stopped_delivery_is_abandoned(changes: dict[str, object], expected: b
         "stop_age_s": 40.0, "beat_age_s": 5.0, "silent_s": 40.0, "active": 0, "ever_active": True, "grace_s": 30.0,
     }  # fmt: skip
     assert is_abandoned(**{**facts, **changes}) is expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "since_s", "expected"),
+    [
+        pytest.param({}, 0.0, True, id="the beats show nothing when it is told"),
+        pytest.param({}, 62.999, True, id="a grace, a cadence and the owner's look later, almost"),
+        pytest.param({}, 63.0, False, id="at it: bytes have come, or he would have"),
+        pytest.param({}, 63.001, False, id="after it"),
+        pytest.param({"beat_active": 1}, 0.0, False, id="the beats show it"),
+        pytest.param({"ever_active": False}, 0.0, False, id="they always show nothing"),
+        pytest.param({"beat_at": None}, 0.0, False, id="there are none"),
+    ],
+)
+def test_what_its_owner_is_about_to_let_go(changes: dict[str, Any], since_s: float, expected: bool) -> None:
+    plain = replace(OPEN, beat_at=NOW, beat_active=0, ever_active=True, beat_cadence_s=30.0, stop_grace_s=30.0)
+    assert is_being_let_go(replace(plain, **changes), NOW, NOW + since_s) is expected
+    assert not is_being_let_go(plain, None, NOW), "nobody told it to stop"

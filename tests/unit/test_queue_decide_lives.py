@@ -58,7 +58,7 @@ def test_whether_anything_is_delivered(words: list[tuple[int, int, str]], expect
 def test_a_new_life_opens_whoever_tells_of_it() -> None:
     """A-L-07: a registration or a beat of another process is proof enough."""
     dead = heard((1, 3, "gave_up"))
-    beat: dict[str, Any] = {"rev": 9, "at": NOW + 5, "active": 0, "cadence_s": 30.0, "maximum": None}
+    beat: dict[str, Any] = {"rev": 9, "at": NOW + 5, "active": 0, "cadence_s": 30.0, "maximum": None, "now": NOW}
     assert closed(hear_beat(dead, incarnation=3, **beat), NOW) is Closed.OFFLINE, "D-S25: of the old one"
     assert closed(hear_beat(dead, incarnation=4, **beat), NOW) is None
     assert closed(begin_life(dead, 4, NOW + 5), NOW) is None

@@ -96,6 +96,10 @@ def test_who_did_not_hear_a_hundred_will_not_hear_the_next() -> None:
     ninety_nine, says = early(deaf, Rules(tick_preempts="all"), T0, ticks=[tick(60)])
     assert len(says) == 1
     assert early(ninety_nine, Rules(tick_preempts="all"), T0, critical_since=T0)[1] == ()
+    many = [Waiting(str(each), T0 - 60 * S, 60.0) for each in range(1000)]
+    hundred, says = early(OLD, Rules(tick_preempts="all"), T0, ticks=many, critical_since=T0)
+    assert (len(hundred.asks), len(says)) == (100, 100), "a schedule that keeps all its ticks asks no more at once"
+    assert words(says[0]) == "checkpoint critical_waiting"
 
 
 @pytest.mark.parametrize("state", [State.CHECKPOINT_SENT, State.STOP_SENT, State.KILL_ORDERED])

@@ -115,3 +115,20 @@ def test_the_kill_waits_for_what_would_die_with_it(sibling: Session, killed: boo
     course.turn(120.0)
     course.session = replace(course.session, closing=closing(T0 + 131 * S))
     assert ("kill 1" in course.turn(131.0)) is killed
+
+
+def test_what_dies_of_the_kill_and_was_not_stopped_is_told_before_it() -> None:
+    """Policies §2: what our own kill ended has failed; sent again it would be the same session once more."""
+    older = T0 + 10 * S
+    siblings = [
+        session(session_id="q:2", started_at=older, state=State.CHECKPOINT_SENT, deadline_at=T0 + 140 * S),
+        session(session_id="q:3", started_at=T0, state=State.STOP_SENT, stop_reason="ceiling"),
+        session(session_id="f", kind="foreign", started_at=older),
+    ]
+    course = Course(siblings=siblings)
+    course.turn(100.0)
+    course.turn(120.0)
+    in_flight = tuple(Began(name, older) for name in ("q:1", "q:2", "q:3", "nobody knows it yet"))
+    course.session = replace(course.session, closing=closing(T0 + 131 * S, in_flight=in_flight))
+    said = course.turn(131.0)
+    assert said[-3:] == ["cancel nobody knows it yet", "cancel q:2", "kill 1"]

@@ -144,12 +144,13 @@ def _outdoes(told: dict[_Slot, _Told], fact: SessionDirective, now: float) -> bo
     return known is not None and _age(fact) < _age(known.directive)
 
 
-def _age(fact: SessionDirective) -> tuple[int, int]:
-    """Grows with each that is younger: another life, then the moment at which the id (uuid7) was made.
+def _age(fact: SessionDirective) -> tuple[int, float]:
+    """Grows with each that is younger: another life, then a later deadline.
 
-    The rev is of no use here: a repeat carries the session's newest, whichever directive it repeats.
+    Ids say nothing: they are derived from what is asked. Nor does the rev: a repeat carries the session's newest,
+    whichever directive it repeats.
     """
-    return fact.incarnation, fact.directive_id.int
+    return fact.incarnation, fact.deadline.timestamp() if fact.deadline is not None else 0.0
 
 
 def _is_past(fact: SessionDirective, heard_at: float, now: float) -> bool:

@@ -19,6 +19,7 @@ from services.queue.decide.gate import (
     hear_gate,
     in_gate,
     is_abandoned,
+    is_being_let_go,
     is_engaged,
     is_named,
     live_forwards,
@@ -81,7 +82,7 @@ __all__ = [
     "Floors", "Forwards", "Gate", "Head", "Item", "Keep", "Merge", "Outcome", "Overlap", "Place", "Reply", "Requeue",
     "Schedule", "Settle", "Tick", "Waiting", "Workspace", "admit", "begin", "begin_life", "busy_wait_s", "by_priority",
     "closed", "closed_until", "end", "fate", "foreign", "gate_until", "has_room", "hear_beat", "hear_forwards",
-    "hear_gate", "hear_status", "in_gate", "is_abandoned", "is_engaged", "is_named", "is_outlived", "keep", "lane",
-    "leave", "live_forwards", "living", "lowered", "may_have_been_stopped", "merged", "outcome", "paused", "place_told",
-    "rank", "spare", "taken", "turn_s", "turns", "why", "withdrawn",
+    "hear_gate", "hear_status", "in_gate", "is_abandoned", "is_being_let_go", "is_engaged", "is_named", "is_outlived",
+    "keep", "lane", "leave", "live_forwards", "living", "lowered", "may_have_been_stopped", "merged", "outcome",
+    "paused", "place_told", "rank", "spare", "taken", "turn_s", "turns", "why", "withdrawn",
 ]  # fmt: skip

@@ -12,6 +12,8 @@ from dataclasses import replace
 from services.queue.decide.workspace import Forwards, Gate, Workspace, gate_until, taken
 from shared.capacity import FORWARDS_FRESH_S
 
+_LET_GO_S = 3.0
+"""How long an owner may take to see the beat by which he gives up what was told to stop."""
 _LEFT_KEPT_S = 600.0
 """How long it is remembered that a session has left: longer than any word that would put it back can be on its way."""
 
@@ -122,3 +124,13 @@ def is_abandoned(
     if beat_age_s is None or not ever_active or active:
         return False
     return beat_age_s <= stop_age_s - grace_s and silent_s >= stop_age_s
+
+
+def is_being_let_go(workspace: Workspace, stop_at: float | None, now: float) -> bool:
+    """Whether its owner is about to give up a delivery that was told to stop at `stop_at`, as the beats show nothing.
+
+    Until then nothing is to be killed for it. He does not where bytes still come, so it is so for a while only.
+    """
+    if stop_at is None or workspace.beat_at is None or not workspace.ever_active or workspace.beat_active:
+        return False
+    return now < stop_at + workspace.stop_grace_s + workspace.beat_cadence_s + _LET_GO_S

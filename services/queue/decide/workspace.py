@@ -206,12 +206,14 @@ def hear_beat(
     cadence_s: float,
     incarnation: int,
     maximum: int | None,
+    now: float,
     begun_after: int = 0,
 ) -> Workspace:
     """Apply a heartbeat; an older one, or one of an older incarnation, changes nothing.
 
-    `begun_after`: our running deliveries that began after the beat came in, while it was on its way to us. Some may
-    have ended again meanwhile: of those, too, both the begin and the end are counted.
+    `at` is by the clock of the proxy that it came to, `now` by ours, which gates go by. `begun_after`: our running
+    deliveries that began after the beat came in, while it was on its way to us. Some may have ended again meanwhile:
+    of those, too, both the begin and the end are counted.
     """
     if incarnation < workspace.incarnation or (incarnation == workspace.incarnation and rev <= workspace.beat_rev):
         return workspace
@@ -229,7 +231,7 @@ def hear_beat(
         started_since=begun_after + sum(begun > at for begun, _ in recent),
         ended_since=sum(counts_as_ended(end, at) for _, end in recent),
         ever_active=workspace.ever_active or active > 0,
-        gates={name: gate for name, gate in workspace.gates.items() if gate.until > at},
+        gates={name: gate for name, gate in workspace.gates.items() if gate.until > now},
         rev=workspace.rev + 1,
     )
     # A beat that shows room opens a workspace that answered busy.

@@ -28,19 +28,15 @@ from services.scheduler.decide.fires import (
     upcoming,
 )
 from services.scheduler.decide.kills import Began, Closing, Flight, may_kill
+from services.scheduler.decide.says import Directive, Gate, Kill, Say, Stop, StopToo
 from services.scheduler.decide.seen import Activity, News, Seen, compare, foreign
 from services.scheduler.decide.sessions import (
     Ask,
-    Directive,
-    Gate,
-    Kill,
     Pace,
     Rules,
-    Say,
     Session,
     State,
     Step,
-    Stop,
     ask_by_hand,
     ceiling_at,
     has_order,
@@ -55,7 +51,8 @@ from services.scheduler.decide.sessions import (
 __all__ = [
     "CATCH_UP", "MOMENTS_MAX", "OUTCOMES", "WINDOW_MAX_S", "WINDOW_MIN_S", "Activity", "Ask", "Began", "Closing",
     "Directive", "Due", "Flight", "Gate", "Kill", "News", "Outcome", "Pace", "Rule", "Rules", "Say", "Schedule", "Seen",
-    "Session", "Several", "State", "Step", "Stop", "Waiting", "ask_by_hand", "bounced", "bounded", "ceiling_at",
-    "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back", "has_order", "is_over", "kill_refused",
-    "may_kill", "next_step", "offset", "overdue", "ran_at", "revised", "step", "stop", "timing", "upcoming",
+    "Session", "Several", "State", "Step", "Stop", "StopToo", "Waiting", "ask_by_hand", "bounced", "bounded",
+    "ceiling_at", "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back", "has_order", "is_over",
+    "kill_refused", "may_kill", "next_step", "offset", "overdue", "ran_at", "revised", "step", "stop", "timing",
+    "upcoming",
 ]  # fmt: skip

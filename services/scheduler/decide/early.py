@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from services.scheduler.decide.sessions import Ask, Directive, Reason, Rules, Session, State
+from services.scheduler.decide.says import Directive, Reason
+from services.scheduler.decide.sessions import Ask, Rules, Session, State
 
 ASKS_MAX = 100
 """Early requests to one session; who did not hear a hundred will not hear the next."""
@@ -44,7 +45,8 @@ def early(
         wanted += [("tick_waiting", tick.about) for tick in ticks if _waits_long(tick, rules, now)]
     known = {(ask.reason, ask.about) for ask in session.asks}
     deadline_at = now + timedelta(seconds=rules.checkpoint_grace_s)
-    asks = tuple(Ask(reason, about, deadline_at, now) for reason, about in wanted if (reason, about) not in known)
+    new = [each for each in wanted if each not in known][: ASKS_MAX - len(session.asks)]
+    asks = tuple(Ask(reason, about, deadline_at, now) for reason, about in new)
     says = tuple(Directive("checkpoint", ask.reason, ask.about, deadline_at) for ask in asks)
     return (replace(session, asks=(*session.asks, *asks)), says) if asks else (session, ())
 

@@ -15,6 +15,7 @@ from typing import Literal
 from uuid import UUID
 
 from services.scheduler.decide.kills import Closing, Flight, may_kill
+from services.scheduler.decide.says import Directive, Gate, Kill, Reason, Say, Stop, StopReason, StopToo
 
 NEAR = 0.75
 """The part of its ceiling after which a session is told that it nears."""
@@ -58,10 +59,6 @@ class Pace:
     """How old a word of the gate may be that licenses a kill."""
 
 
-Reason = Literal["ceiling_near", "tick_waiting", "critical_waiting", "ceiling", "operator"]
-StopReason = Literal["ceiling", "operator"]
-
-
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A checkpoint that was asked for; once for each thing that it is `about`."""
@@ -103,44 +100,6 @@ class Session:
     rev: int = 1
     ended_at: datetime | None = None
     """Its state is then the one that it ended in."""
-
-
-# ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Directive:
-    """Ask the agent. The same words about the same thing are the same directive, however often they are said."""
-
-    kind: Literal["checkpoint", "stop"]
-    reason: Reason
-    about: str = ""
-    deadline_at: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Whoever holds the session cancels it."""
-
-    reason: StopReason
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """No new session until then; None: this session no longer asks for it."""
-
-    until: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Kill:
-    """End its container."""
-
-    order: int
-    expires_at: datetime
-
-
-Say = Directive | Stop | Gate | Kill
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +279,14 @@ def _stop_sent(session: Session, rules: Rules, now: datetime, siblings: Sequence
         return _say_stop_again(session, now, pace)
     ordered = replace(session, state=State.KILL_ORDERED, deadline_at=closing.until, orders=session.orders + 1)
     again = _say_stop_again(ordered, now, pace)
-    return replace(again, says=(*again.says, Kill(ordered.orders, closing.until)))
+    others = _not_stopped(session, closing, siblings)
+    return replace(again, says=(*again.says, *map(StopToo, others), Kill(ordered.orders, closing.until)))
+
+
+def _not_stopped(session: Session, closing: Closing, siblings: Sequence[Session]) -> list[str]:
+    """What else is in flight and dies of the kill, over its ceiling but not yet told to stop."""
+    stopped = {each.session_id for each in (session, *siblings) if each.stop_reason is not None}
+    return sorted({each.session_id for each in closing.in_flight} - stopped)
 
 
 def _kill_ordered(session: Session, rules: Rules, now: datetime, siblings: Sequence[Session], pace: Pace) -> Step:

@@ -32,6 +32,8 @@ from shared.telemetry import log
 _BATCH = 200
 _MEASURE_S = 5.0
 _HELD_ELSEWHERE_S = 0.05
+_SILENT_LOOKS = 2
+_SILENT_MIN_S = 2.0
 
 
 class Sessions:
@@ -44,6 +46,7 @@ class Sessions:
         self._told = told
         self._assembly = Assembly()
         self._newest: list[BacklogSnapshot] = []
+        self._looked_at_all = False
         self.loop = Loop("sessions", self.run_once)
 
     # ── what comes over the bus ──────────────────────────────────────────────────────────────────────────────────────
@@ -99,6 +102,9 @@ class Sessions:
             except BaseException:
                 self._newest = self._newest or parts
                 raise
+        if not self._looked_at_all:  # our own settings may be others than when these were looked at last
+            await self._pool.execute(SQL["look_at_sessions"])
+            self._looked_at_all = True
         turn = await transact(self._pool, partial(self._step, now=now))
         self._tell(turn)
         if turn.more:
@@ -107,6 +113,10 @@ class Sessions:
         if until_s is None:
             return self._settings.look_s
         return min(max(until_s, _HELD_ELSEWHERE_S if until_s <= 0 else 0.001), self._settings.look_s)
+
+    async def probe(self) -> None:
+        """For /readyz: as long as it stands still nothing that does not end is ended."""
+        await self.loop.probe(max(_SILENT_LOOKS * self._settings.look_s, _SILENT_MIN_S))
 
     async def measure(self) -> float:
         counts: dict[str, int] = dict.fromkeys((state.value for state in State), 0)
@@ -169,10 +179,13 @@ class Sessions:
         )
         unexplained.subtract(each.workspace_id for each in news.lingering)
         begun, ended = await self._foreign(connection, named, +unexplained, known, at)
+        over = {each.session_id for each in (*news.outlived, *news.gone, *ended)}
+        await store.lock_sessions(connection, over)  # all of them in key order; they end in two parts
         await _end(connection, [each.session_id for each in news.outlived], "new_life", now, turn)
         await _end(connection, [each.session_id for each in (*news.gone, *ended)], "gone", now, turn)
         await store.begin_sessions(connection, [*news.begun, *begun], at)
-        await self._ask_for_room(connection, named, turn)
+        going_on = [each for each in known if each.session_id not in over]
+        await self._ask_for_room(connection, [*going_on, *news.begun, *begun], named, turn)
         return turn
 
     @staticmethod
@@ -208,9 +221,11 @@ class Sessions:
         await store.save_activities(connection, changed)
         return begun, ended
 
-    async def _ask_for_room(self, connection: Connection, named: Mapping[str, NamedBacklog], turn: Turn) -> None:
-        """Early requests, where a session runs and somebody waits for it."""
-        running = [each for each in await store.open_sessions(connection) if each.state is State.RUNNING]
+    async def _ask_for_room(
+        self, connection: Connection, sessions: Sequence[Session], named: Mapping[str, NamedBacklog], turn: Turn
+    ) -> None:
+        """Early requests, where a session runs and somebody waits for it. They are read again once they are held."""
+        running = [each for each in sessions if each.state is State.RUNNING]
         names = sorted({each.workspace_id for each in running})
         rules = await store.read_rules(connection, names, self._settings.rules)
         now = await store.clock(connection)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from services.scheduler.decide import Directive, Gate, Kill, Say, Session, Stop
+from services.scheduler.decide import Directive, Gate, Kill, Say, Session, Stop, StopToo
 from services.scheduler.metrics import DIRECTIVES, STEPS
 from shared import outbox
 from shared.broker import Publisher
@@ -55,6 +55,8 @@ def _fact(session: Session, say: Say, about: dict[str, object], now: datetime) -
             )
         case Stop():
             return SessionStop.model_validate({**about, "reason": say.reason})
+        case StopToo():
+            return SessionStop.model_validate({**about, "session_id": say.session_id, "reason": "ceiling"})
         case Gate():
             until = say.until if say.until is not None else now
             return SessionGate.model_validate({**about, "closed": say.until is not None, "gate_until": until})

@@ -49,8 +49,11 @@ async def _shown(
     for row in await connection.fetch(SQL["bouncing_schedules"], names, _SCHEDULES_MAX):
         schedules[row["workspace_id"]].append(row)
     found: dict[str, Any] = {}
+    running: dict[str, list[Session]] = defaultdict(list)
+    for session in sorted(sessions, key=lambda each: each.started_at):
+        running[session.workspace_id].append(session)
     for name in names:
-        mine = sorted((each for each in sessions if each.workspace_id == name), key=lambda each: each.started_at)
+        mine = running[name]
         cards = [shown(each, rules[name], now, [dict(row) for row in schedules[name]]) for each in mine]
         found[name] = {
             "session": cards[0] if cards else None,
