@@ -194,7 +194,8 @@ async def test_an_agent_killed_in_mid_delivery_is_restarted_and_its_message_deli
     assert (item["status"], item["attempts"]) == ("completed", 1)
     begun = [each for each in lines(record) if each["event"] == "begin"]
     assert [each["message_id"] for each in begun] == [begun[0]["message_id"]] * 2
-    assert [each["delivery"] for each in begun] == [1, 2]
+    first, again = (each["delivery"] for each in begun)
+    assert first < again, "one that found nobody there counts as a delivery, and not as an attempt"
     assert list(noted) == ["noticed", "restarted", "delivered again"]
     assert noted["restarted"] < 25
     await let_go(lead, ring, name)
@@ -301,7 +302,10 @@ async def run(lead: Caller, name: str, **settings: Any) -> int:
     """Let liveness run what stands in the operator's file; return the incarnation that is up."""
     assert (await lead.call("POST", "/registry/register", {"id": name, "url": ""})).status == 200
     await change(lead, name, runtime={"driver": "process"}, **settings)
-    await until(lambda: _is_up(lead, name))
+    try:
+        await until(lambda: _is_up(lead, name))
+    except TimeoutError:
+        raise AssertionError(f"it does not come up: {await show(lead, name)} {await life(lead, name)}") from None
     return int((await show(lead, name))["incarnation"])
 
 

@@ -227,7 +227,7 @@ class Restarts:
             suspected_at=None,
             suspected_last_at=None,
             suspicions=0,
-            next_check_at=moment + timedelta(seconds=self._settings.sweep_s),
+            next_check_at=None if life.removed else moment + timedelta(seconds=self._settings.sweep_s),
         )
         if life.incarnation == job.restart.incarnation and not life.removed:
             boot_until = moment + timedelta(seconds=self._settings.boot_s)
