@@ -24,6 +24,8 @@ _FOREIGN = ("BIDE_TEST_", "BIDE_LOCAL_", "BIDE_NO_DOCKERD")
 
 TURN_SLACK_S = 60.0
 """What a turn may outlast its ceiling and both graces by: whoever ends it looks only now and then."""
+STOP_HEARD_S = 60.0
+"""Who has a session ended says so every 10 s. Once he has been quiet for this long, the longest turn counts again."""
 
 SettingsT = TypeVar("SettingsT", bound="SharedSettings")
 
