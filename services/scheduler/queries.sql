@@ -318,9 +318,12 @@ WHERE s.workspace_id = ANY($1::text[]) AND s.deleted_at IS NULL
 ORDER BY f.fire_at LIMIT 1000
 
 -- name: bouncing_schedules
-SELECT workspace_id, schedule_id, name, bounces, next_fire_at FROM schedules
-WHERE deleted_at IS NULL AND ($1::text[] IS NULL OR workspace_id = ANY($1::text[]))
-ORDER BY workspace_id, bounces DESC, name LIMIT $2
+SELECT s.workspace_id, s.schedule_id, s.name, s.bounces, s.next_fire_at
+FROM unnest($1::text[]) AS asked (workspace_id) CROSS JOIN LATERAL (
+  SELECT workspace_id, schedule_id, name, bounces, next_fire_at FROM schedules
+  WHERE workspace_id = asked.workspace_id AND deleted_at IS NULL
+  ORDER BY bounces DESC, name LIMIT $2) s
+ORDER BY s.workspace_id, s.bounces DESC, s.name
 
 -- name: measure_sessions
 SELECT state, unenforceable, count(*) AS sessions FROM sessions WHERE ended_at IS NULL GROUP BY 1, 2

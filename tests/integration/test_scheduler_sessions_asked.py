@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -13,7 +14,7 @@ from uuid_utils.compat import uuid7
 from shared.facts import NamedBacklog, ScheduleTick, SessionDirective
 from tests.conftest import Stack
 from tests.integration.ender_kit import Supervisors, asks_of, at, backlog, of, runs, supervised, words
-from tests.integration.scheduler_kit import settled
+from tests.integration.scheduler_kit import many, settled
 
 SCHEDULE = uuid4()
 LONG = {"session_ceiling_s": 10_000.0, "session_min_s": 600.0}
@@ -264,5 +265,31 @@ async def test_all_that_runs_is_shown_at_once(patient: Supervisors) -> None:
     assert (status, sorted(said["workspaces"])) == (200, ["v", "w"])
     assert [each["session_id"] for each in said["workspaces"]["v"]["sessions"]] == ["r:1", "r:2"], "the oldest first"
     assert said["workspaces"]["v"]["session"]["session_id"] == "r:1"
+    status, said = await patient.ask("sessions", name="-", workspaces=["idle", "v"])
+    assert (status, sorted(said["workspaces"])) == (200, ["idle", "v"]), "only what is named"
+    assert [each["session_id"] for each in said["workspaces"]["v"]["sessions"]] == ["r:1", "r:2"]
     status, said = await patient.ask("sessions", name="idle")
     assert (status, json.dumps(said)) == (200, '{"session": null, "sessions": [], "schedules": []}')
+
+
+async def test_one_workspace_s_schedules_hide_no_other_s(patient: Supervisors) -> None:
+    """C-V2: what bounces is shown also where nothing runs, and no page is filled by one workspace."""
+    await many(patient.pool, 10_100, at(0))  # 101 in each of w0 … w99
+    await patient.pool.execute("UPDATE schedules SET bounces = 7 WHERE name = (SELECT max(name) FROM schedules)")
+    names = [f"w{number}" for number in range(100)]
+    status, said = await patient.ask("sessions", name="-", workspaces=names)
+    assert (status, sorted(said["workspaces"])) == (200, sorted(names))
+    found = [each["schedules"] for each in said["workspaces"].values()]
+    assert {len(each) for each in found} == {100}
+    assert [each[0]["bounces"] for each in found if each[0]["bounces"]] == [7], "the worst first"
+
+
+@pytest.mark.parametrize("body", [{}, {"workspaces": "w"}, {"workspaces": None}, {"workspaces": []}])
+async def test_whoever_names_no_workspace_sees_those_where_something_runs(
+    patient: Supervisors, body: dict[str, Any]
+) -> None:
+    """A proxy of the version before names none."""
+    await patient.until(5)
+    await patient.see(backlog(runs("q:1")))
+    status, said = await patient.ask("sessions", name="-", **body)
+    assert (status, list(said["workspaces"])) == (200, [] if body.get("workspaces") == [] else ["w"])
