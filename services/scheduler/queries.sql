@@ -326,7 +326,9 @@ FROM unnest($1::text[]) AS asked (workspace_id) CROSS JOIN LATERAL (
 ORDER BY s.workspace_id, s.bounces DESC, s.name
 
 -- name: measure_sessions
-SELECT state, unenforceable, count(*) AS sessions FROM sessions WHERE ended_at IS NULL GROUP BY 1, 2
+SELECT state, unenforceable, count(*) AS sessions,
+  count(*) FILTER (WHERE state = 'stop_sent' AND deadline_at < now()) AS late
+FROM sessions WHERE ended_at IS NULL GROUP BY 1, 2
 
 -- name: forget_sessions
 WITH old AS (

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from prometheus_client import REGISTRY
 from uuid_utils.compat import uuid7
 
 from shared.facts import NamedBacklog, ScheduleTick, SessionDirective
@@ -293,3 +294,24 @@ async def test_whoever_names_no_workspace_sees_those_where_something_runs(
     await patient.see(backlog(runs("q:1")))
     status, said = await patient.ask("sessions", name="-", **body)
     assert (status, list(said["workspaces"])) == (200, [] if body.get("workspaces") == [] else ["w"])
+
+
+async def test_what_a_kill_waits_for_is_said_and_counted(patient: Supervisors) -> None:
+    """A gate may be held for as long as that: whoever looks learns why, and what ends it."""
+    await patient.allow(session_ceiling_s=100.0)
+    await patient.brought_to("stop_sent")
+    await patient.until(131)
+    await patient.see(backlog(runs("q:1"), runs("q:2", 120)))
+    _, said = await patient.ask("sessions")
+    assert said["session"]["summary"].endswith(
+        "nothing else begins meanwhile; the kill waits for q:2 below its ceiling"
+    )
+    await patient.replicas[0].sessions.measure()
+    assert REGISTRY.get_sample_value("bide_scheduler_kills_waiting") == 1
+    await patient.allow(session_ceiling_s=10_000.0)
+    _, said = await patient.ask("sessions")
+    raised = "its ceiling was raised after it was stopped: an operator's stop ends it"
+    assert said["session"]["summary"].endswith(raised)
+    await patient.ask("stop")
+    _, said = await patient.ask("sessions")
+    assert said["session"]["summary"].endswith("the kill waits for the gate's word of what else is in flight")

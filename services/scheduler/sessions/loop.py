@@ -15,7 +15,7 @@ from functools import partial
 from services.scheduler import decide, store
 from services.scheduler.cron import CronError
 from services.scheduler.decide import Activity, Began, Closing, Rules, Seen, Session, State, Waiting
-from services.scheduler.metrics import KILLS, OPEN, UNENFORCEABLE
+from services.scheduler.metrics import KILLS, KILLS_WAITING, OPEN, UNENFORCEABLE
 from services.scheduler.rules import rule_of
 from services.scheduler.sessions import telling
 from services.scheduler.sessions.telling import Turn
@@ -120,13 +120,15 @@ class Sessions:
 
     async def measure(self) -> float:
         counts: dict[str, int] = dict.fromkeys((state.value for state in State), 0)
-        unenforceable = 0
+        unenforceable = late = 0
         for row in await self._pool.fetch(SQL["measure_sessions"]):
             counts[row["state"]] += row["sessions"]
+            late += row["late"]
             unenforceable += row["sessions"] if row["unenforceable"] else 0
         for state, count in counts.items():
             OPEN.labels(state).set(count)
         UNENFORCEABLE.set(unenforceable)
+        KILLS_WAITING.set(late)
         return _MEASURE_S
 
     def _tell(self, turn: Turn) -> None:

@@ -70,7 +70,12 @@ async def _shown(
         running[session.workspace_id].append(session)
     for name in names:
         mine = running[name]
-        cards = [shown(each, rules[name], now, [dict(row) for row in schedules[name]]) for each in mine]
+        cards = [
+            shown(
+                each, rules[name], now, among=mine, pace=settings.pace, bounces=[dict(row) for row in schedules[name]]
+            )
+            for each in mine
+        ]
         found[name] = {
             "session": cards[0] if cards else None,
             "sessions": cards,
@@ -116,7 +121,7 @@ async def command(connection: Connection, fact: ScheduleQuery, settings: Setting
             SQL["insert_audit"], fact.query_id, fact.by, f"session_{fact.verb}", name, None, 0, None
         )
     mine = await store.sessions_of(connection, [name])
-    return 200, {"sessions": [shown(each, rules, now) for each in mine]}
+    return 200, {"sessions": [shown(each, rules, now, among=mine, pace=settings.pace) for each in mine]}
 
 
 def _was_asked(session: Session, fact: ScheduleQuery) -> bool:
