@@ -222,6 +222,9 @@ WHERE s.due_at <= coalesce($1, clock_timestamp())
 ORDER BY s.due_at LIMIT $2
 FOR NO KEY UPDATE SKIP LOCKED
 
+-- name: look_later
+UPDATE sessions SET due_at = $2::timestamptz + make_interval(secs => $3) WHERE session_id = $1 AND ended_at IS NULL
+
 -- name: next_session_in
 SELECT extract(epoch FROM min(due_at) - coalesce($1::timestamptz, clock_timestamp()))::float8 FROM sessions
 WHERE due_at IS NOT NULL
