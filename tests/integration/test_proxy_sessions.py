@@ -473,9 +473,11 @@ async def test_what_runs_and_what_bounces_is_shown(stack: Stack, front: Proxy) -
     assert [alone[word] for word in ("session", "sessions", "schedules")] == [None] * 3
     assert alone["sessions_known"] is False
     async with answering(stack, "scheduler", ScheduleQuery) as scheduler:
+        asked: list[list[str]] = []
 
         def sessions(query: ScheduleQuery) -> Said:
             if query.workspace_id == FLEET:
+                asked.append(json.loads(query.body)["workspaces"])
                 return 200, {"workspaces": {name: {"session": SESSION, "schedules": BOUNCED}}}
             return 200, {"session": SESSION, "sessions": [SESSION], "schedules": BOUNCED}
 
@@ -491,6 +493,9 @@ async def test_what_runs_and_what_bounces_is_shown(stack: Stack, front: Proxy) -
         listed = {each["workspace_id"]: each for each in (await front.call("GET", "/workspaces")).json()["items"]}
         assert (listed[name]["session"], listed[name]["schedules"]) == (SESSION, BOUNCED)
         assert (listed[idle]["session"], listed[idle]["sessions"], listed[idle]["sessions_known"]) == (None, [], True)
+        assert asked == [sorted(listed)]
+        await front.call("GET", "/workspaces?limit=1")
+        assert asked[1:] == [sorted(listed)[:1]], "what nobody sees is not asked for"
 
 
 @pytest.mark.parametrize("verb", ["stop", "checkpoint"])
