@@ -10,6 +10,7 @@ SELECT * FROM agents WHERE workspace_id = ANY($1::text[]) ORDER BY workspace_id 
 SELECT * FROM agents WHERE workspace_id = $1
 
 -- name: save_agents
+-- Of those not in $2 the caller found none: where somebody else was faster with the first word, nothing is written.
 INSERT INTO agents
 SELECT (jsonb_populate_record(NULL::agents, each.value)).* FROM jsonb_array_elements($1::jsonb) AS each
 ON CONFLICT (workspace_id) DO UPDATE
@@ -25,6 +26,8 @@ SET rev = EXCLUDED.rev, incarnation = EXCLUDED.incarnation, runtime = EXCLUDED.r
     started_at = EXCLUDED.started_at, boot_until = EXCLUDED.boot_until, next_check_at = EXCLUDED.next_check_at,
     fence = EXCLUDED.fence, restarts = EXCLUDED.restarts, backoffs = EXCLUDED.backoffs, unheard = EXCLUDED.unheard,
     restarted_at = EXCLUDED.restarted_at, forgiven_at = EXCLUDED.forgiven_at
+WHERE agents.workspace_id = ANY($2::text[])
+RETURNING workspace_id
 
 -- name: claim_looks
 -- Agents whose look is due within $2 s, each for one replica: it looks at them together, one list per engine.

@@ -60,13 +60,20 @@ async def lock(connection: Connection, workspace_ids: Iterable[str]) -> dict[str
 
 
 async def save(connection: Connection, before: Mapping[str, Life], after: Sequence[Life], now: datetime) -> None:
-    """Write agents that the caller holds; a changed belief gets its number and is told."""
+    """Write agents that the caller holds; a changed belief gets its number and is told.
+
+    Raises:
+        asyncpg.SerializationError: one that was not there is there now; the transaction is to be repeated.
+    """
     numbered = [_numbered(before.get(life.workspace_id), life, now) for life in after]
     changed = [life for life in numbered if life != before.get(life.workspace_id)]
     if not changed:
         return
     ordered = sorted(changed, key=lambda life: life.workspace_id)
-    await connection.execute(SQL["save_agents"], orjson.dumps(ordered).decode())
+    written = await connection.fetch(SQL["save_agents"], orjson.dumps(ordered).decode(), list(before))
+    if len(written) < len(ordered):
+        # Its registration and a change of it come by two queues, and nobody can lock a row that is not there yet.
+        raise asyncpg.SerializationError("somebody else was the first to write down an agent")
     told = [life for life in ordered if life.status_rev > _status_rev(before.get(life.workspace_id))]
     if told:
         await outbox.add(connection, [status_of(life) for life in told])

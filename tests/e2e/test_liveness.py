@@ -32,7 +32,7 @@ QUICK = {
     "BIDE_LIVENESS_WEBHOOK_SECRET": SECRET,
     "BIDE_QUEUE_SNAPSHOT_S": "0.5",
 }
-"""Seconds for minutes. What the rules say of flakes (9 s apart, within 30 s) is no setting, and is waited for."""
+"""Seconds for minutes. What the rules say of flakes (how far apart, within how long) is waited for."""
 SILENT_S = 17.0
 """Beyond every window of an agent that beats each second: the least is 15 s."""
 

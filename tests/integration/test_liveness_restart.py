@@ -25,7 +25,7 @@ from shared.facts import (
     WorkspaceRemoved,
     WorkspaceStatus,
 )
-from tests.conftest import Stack
+from tests.conftest import Stack, until
 from tests.integration.liveness_kit import (
     FakeEngine,
     Replica,
@@ -342,6 +342,32 @@ async def test_a_workspace_that_is_removed_while_suspect_is_gone(one: Replica, e
     assert engine.calls == []
     assert (await agent_row(one.pool, "w1"))["status"] == "removed"
     assert (await one.ask("w1", "restart"))[0] == 404
+
+
+async def test_the_first_two_words_about_an_agent_may_come_at_once(one: Replica, engine: FakeEngine) -> None:
+    """They come by two queues, and neither finds a row to lock: the older one must not win by being slower."""
+    engine.start("w1")
+    async with one.pool.acquire() as connection:
+        async with connection.transaction():
+            await one.handlers.registered(connection, [registration("w1", rev=1, runtime={})])
+            later = asyncio.create_task(one.hear(change("w1", rev=2)))
+            await until(lambda: _waits_for_a_row(one.pool))
+        await later
+    row = await agent_row(one.pool, "w1")
+    assert (row["rev"], row["driver"]) == (2, "process")
+    async with one.pool.acquire() as connection:
+        async with connection.transaction():
+            await one.handlers.registered(connection, [change("w2", rev=2)])
+            later = asyncio.create_task(one.hear(registration("w2", rev=1, runtime={})))
+            await until(lambda: _waits_for_a_row(one.pool))
+        await later
+    row = await agent_row(one.pool, "w2")
+    assert (row["rev"], row["driver"]) == (2, "process")
+
+
+async def _waits_for_a_row(pool: Pool) -> bool:
+    query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%INTO agents%'"
+    return bool(await pool.fetchval(query) == 1)
 
 
 # ── budget, operator, wedge, observe ─────────────────────────────────────────────────────────────────────────────────

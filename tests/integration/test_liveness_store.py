@@ -131,6 +131,13 @@ class TestAgents:
         with pytest.raises(asyncpg.CheckViolationError):
             await saved(pool, broken)
 
+    async def test_the_first_word_is_not_overwritten_by_who_did_not_see_it(self, pool: Pool) -> None:
+        await saved(pool, life(fence=3))
+        with pytest.raises(asyncpg.SerializationError):
+            await transact(pool, lambda connection: store.save(connection, {}, [life("w0"), life(fence=1)], NOW))
+        assert (await found(pool)).fence == 3
+        assert await pool.fetchrow(SQL["find_agent"], "w0") is None
+
     async def test_a_transaction_that_raises_leaves_nothing(self, pool: Pool) -> None:
         await saved(pool, life())
         before = await found(pool)

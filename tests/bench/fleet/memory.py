@@ -143,15 +143,16 @@ class Memory:
     def _find_agent(self, name: str) -> list[Row]:
         return [self.agents[name]] if name in self.agents else []
 
-    def _save_agents(self, values: str) -> list[Row]:
-        for row in orjson.loads(values):
+    def _save_agents(self, values: str, held: Sequence[str]) -> list[Row]:
+        rows = [row for row in orjson.loads(values) if row["workspace_id"] not in self.agents.keys() - set(held)]
+        for row in rows:
             for name in _MOMENTS:
                 if row[name] is not None:
                     row[name] = datetime.fromisoformat(row[name])
             row["runtime"] = json.dumps(row["runtime"])
             _check_agent(row)
             self._put(self.agents, row["workspace_id"], row)
-        return []
+        return rows
 
     def _claim_looks(self, now: datetime | None, together_s: float, limit: int, sweep_s: float) -> list[Row]:
         now = now or self._clock()
