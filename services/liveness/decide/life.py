@@ -130,6 +130,9 @@ def registered(
         after = believed(after, Status.PAUSED, "it was paused by its owner or an operator")
     elif after.status is Status.PAUSED:
         after = believed(after, Status.ONLINE, "")
+    elif driver is None:
+        # Nobody can look any more, and what is down would never be sent to again.
+        after = believed(unsuspected(after), Status.ONLINE, "")
     return replace(after, next_check_at=now if driver is not None else None)
 
 
