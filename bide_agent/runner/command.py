@@ -173,8 +173,7 @@ class _Run:
         saved = self._session.saved
         resumed = isinstance(saved, dict) and "folder" in saved
         folder = self._command.folder or (Path(saved["folder"]) if resumed else self._session.folder)
-        folder = folder.absolute()  # the command, which works in it, is told of it
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := folder.absolute()).mkdir(parents=True, exist_ok=True)  # the command, in it, is told of it
         self._session.save({"folder": str(folder)})
         return folder, resumed
 

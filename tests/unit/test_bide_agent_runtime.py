@@ -114,6 +114,44 @@ async def test_a_busy_agent_says_so_and_a_redelivery_of_what_runs_is_not_refused
     assert steps.runs == 2
 
 
+NO_ANSWERS = {
+    "set": lambda: {"data": {1, 2}},
+    "nan": lambda: [{"data": {"x": float("nan")}}],
+    "number": lambda: {"text": 5},
+    "metadata": lambda: Answer("x", metadata={"at": object()}),
+    "partial": lambda: (_ for _ in ()).throw(Failed("said so", {"data": {1}})),
+}
+
+
+@pytest.mark.parametrize("what", NO_ANSWERS)
+async def test_an_answer_that_is_no_json_is_the_agents_error_and_leaves_nothing(tmp_path: Path, what: str) -> None:
+    async def handle(_message: Message, _session: Session) -> Any:
+        return NO_ANSWERS[what]()
+
+    async with alone(handle, tmp_path) as host:
+        reply = await send(host, queue_id="q-1")
+        if what == "partial":
+            assert task_of(reply)["status"]["state"] == "failed"
+        else:
+            assert reply.json()["error"]["message"] == "The agent failed: TypeError."
+        assert (host.active, host._work._tasks) == (0, {})
+
+
+async def test_an_empty_name_of_a_message_is_none(tmp_path: Path) -> None:
+    steps = Steps()
+
+    async def handle(message: Message, _session: Session) -> str:
+        async with steps.turn():
+            await steps.go_on.wait()
+        return message.text
+
+    async with alone(handle, tmp_path, max_concurrent=2) as host:
+        both = [asyncio.create_task(send(host, text, x_queue_id="")) for text in ("one", "two")]
+        await host.until(lambda: host.active == 2)
+        steps.go_on.set()
+        assert [text_of(await one) for one in both] == ["one", "two"]
+
+
 async def test_what_failed_runs_again(tmp_path: Path) -> None:
     """A-A-04: one bad message is logged and answered, and the next one finds the agent as it was."""
     runs = 0
