@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -539,6 +540,27 @@ def test_what_is_remembered_of_items_is_bounded(tmp_path: Path) -> None:
         with pytest.raises(TypeError):
             store.save("q-1", object())
     assert (tmp_path / "items.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+def test_saving_costs_the_same_however_much_is_kept(tmp_path: Path) -> None:
+    """It is done in the agent's loop, between two tool calls."""
+    with Store(tmp_path / "items.sqlite") as store:
+        empty_s = took_s(store)
+        for number in range(60):
+            store.save(f"q-{number}", "x" * 1_000_000)
+        full_s = took_s(store)
+    print(f"saved in {empty_s * 1000:.2f} ms, with 60 MB kept in {full_s * 1000:.2f} ms")
+    assert full_s < 0.1, "it was 0.2 s when each trim read all that is kept"
+
+
+def took_s(store: Store) -> float:
+    """The best of a few: how busy the machine is, is not the question."""
+    times = []
+    for step in range(5):
+        began_at = time.perf_counter()
+        store.save("q", {"step": step})
+        times.append(time.perf_counter() - began_at)
+    return min(times)
 
 
 async def test_folders_beyond_a_number_are_removed_but_never_one_in_use(tmp_path: Path) -> None:
