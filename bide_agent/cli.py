@@ -95,8 +95,10 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, command: Se
         parser.error("no command: write it behind --, as in bide-agent run --workspace w1 -- codex exec -")
     if shutil.which(command[0]) is None:
         parser.error(f"there is no program {command[0]}")
+    # It will run in another directory than this one.
+    program = str(Path(command[0]).absolute()) if os.sep in command[0] else command[0]
     handler = Command(
-        arguments=command,
+        arguments=[program, *command[1:]],
         limits=Limits(
             inactivity_s=given.inactivity_s,
             wall_s=given.wall_s,

@@ -6,10 +6,12 @@ import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
 
-from bide_agent.check.trial import LONG_ENOUGH_S, PROMPT_S, Finding, Trial, failed, passed, skipped, too_short
+from bide_agent.check.trial import LONG_ENOUGH_S, PROMPT_S, Finding, Said, Trial, failed, passed, skipped, too_short
 
 END_S = 30.0
 """What an agent gets to end after a stop: the default of `stop_grace_s`."""
+UNSHORTENED = 0.9
+"""A turn that took this share of its usual time was not cut short."""
 
 
 async def checkpoints(trial: Trial) -> Finding:
@@ -26,6 +28,8 @@ async def checkpoints(trial: Trial) -> Finding:
     marked = ", marked checkpointed" if isinstance(ours, dict) and ours.get("checkpointed") else ""
     if not (said.is_answer or said.mark == "preempted"):
         return failed(f"acknowledged as {word!r}, and then {said}")
+    if not (marked or said.gave_up) and _ran_to_its_end(trial, said):
+        return skipped(f"acknowledged as {word!r}, and the turn went on to its end; a ceiling would come to a stop")
     return passed(f"acknowledged as {word!r}, then {said}{marked}")
 
 
@@ -41,11 +45,19 @@ async def stops(trial: Trial) -> Finding:
             return failed(f"the turn still runs {END_S:g} s after a stop: its container would be ended now")
     if word is None:
         return trouble
+    said = await sent
+    if not said.gave_up and _ran_to_its_end(trial, said):
+        verdict = failed if trial.has_control else skipped  # it may have been told too late to show anything
+        return verdict(f"acknowledged as {word!r}, and the turn went on to its end: {said}")
     registry, first = trial.registry, len(trial.registry.beats)
     within_s = registry.cadence_s * 1.5 + PROMPT_S
     if not await registry.until(lambda: any(beat.active == 0 for beat in registry.beats[first:]), within_s):
         return failed(f"acknowledged as {word!r}, but active_tasks stays above 0: the gate would stay closed")
-    return passed(f"acknowledged as {word!r}, then {await sent}")
+    return passed(f"acknowledged as {word!r}, then {said}")
+
+
+def _ran_to_its_end(trial: Trial, said: Said) -> bool:
+    return said.took_s >= trial.turn_s * UNSHORTENED
 
 
 async def _told(trial: Trial, kind: str, queue_id: str) -> tuple[str | None, Finding]:

@@ -21,6 +21,7 @@ LONG_ENOUGH_S = 1.0
 """A turn shorter than this shows nothing of what happens during one."""
 PROMPT_S = 2.0
 """Within this a refusal comes, and a beat after what it tells of."""
+FINAL = {"completed", "failed", "canceled", "rejected", "input-required", "auth-required"}
 METHODS = {
     (Dialect.V03, "send"): "message/send",
     (Dialect.V03, "stream"): "message/stream",
@@ -68,6 +69,7 @@ class Said:
     reply: Reply | None
     took_s: float
     trouble: str = ""
+    ended_at: float = field(default_factory=time.monotonic)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -102,7 +104,11 @@ class Said:
     @property
     def is_answer(self) -> bool:
         """A Message, or a Task that has ended."""
-        return "parts" in self.result or self.state in {"completed", "failed", "canceled", "rejected", "input-required"}
+        return "parts" in self.result or self.state in FINAL
+
+    @property
+    def gave_up(self) -> bool:
+        return self.state == "canceled" or self.mark == "preempted"
 
     def __str__(self) -> str:
         if self.reply is None:

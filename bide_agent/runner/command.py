@@ -33,6 +33,7 @@ DRAIN_S = 1.0
 STDERR_CHARS = 2000
 TOGETHER_S = 0.05
 """Written within so short a time is told in one event."""
+_SIGNALS = {one.value: one.name for one in signal.Signals}  # most of the real-time ones have no name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +148,8 @@ class _Run:
         command, session = self._command, self._session
         by_argument = any(PROMPT in one for one in command.arguments)
         folder, resumed = self._folder()
+        if command.saving.file:
+            (folder / command.saving.file).unlink(missing_ok=True)  # an earlier turn's, which this one was not asked
         try:
             child = await start(
                 [one.replace(PROMPT, prompt) for one in command.arguments],
@@ -170,7 +173,7 @@ class _Run:
         saved = self._session.saved
         resumed = isinstance(saved, dict) and "folder" in saved
         folder = self._command.folder or (Path(saved["folder"]) if resumed else self._session.folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := folder.absolute()).mkdir(parents=True, exist_ok=True)  # the command, in it, is told of it
         self._session.save({"folder": str(folder)})
         return folder, resumed
 
@@ -223,7 +226,7 @@ class _Run:
         state = {0: "completed", **self._command.exits}.get(code)
         if state is not None and state != "failed":
             return Answer(None, state)
-        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        how = f"exit code {code}" if code >= 0 else f"signal {_SIGNALS.get(-code, -code)}"
         errors = "".join(self._errors)[-STDERR_CHARS:].strip()
         sentence = f"The command ended with {how}." + (f"\n{errors}" if errors else "")
         if code == TRY_AGAIN and state is None:

@@ -7,12 +7,14 @@ All may carry `metadata`. 0.3 says the same with `kind` and puts bytes and addre
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from bide_agent.calls import Dialect
 
 Part = dict[str, Any]
+_Given = TypeVar("_Given")
 _OF_FILE = {"raw": "bytes", "url": "uri", "mediaType": "mimeType", "filename": "name"}
 _CONTENTS = ("text", "data", "raw", "url")
 
@@ -26,7 +28,7 @@ def heard(raw: Any) -> Part | None:
         part = {ours: file[theirs] for ours, theirs in _OF_FILE.items() if theirs in file}
     else:
         part = {name: raw[name] for name in (*_CONTENTS, "mediaType", "filename") if name in raw}
-    if not any(name in part for name in _CONTENTS):
+    if not any(name in part for name in _CONTENTS) or not isinstance(part.get("text", ""), str):
         return None
     return {**part, **({"metadata": raw["metadata"]} if raw.get("metadata") else {})}
 
@@ -47,7 +49,7 @@ def made(given: Any) -> list[Part]:
     """What a handler gave: a text, a part of either dialect, several of those, or nothing.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is something else, or holds what is no JSON.
     """
     if given is None:
         return []
@@ -57,10 +59,23 @@ def made(given: Any) -> list[Part]:
         part = heard(given)
         if part is None:
             raise TypeError("a part has text, data, raw or url; for an object of your own write {'data': …}")
-        return [part]
+        return [jsonable(part)]
     if isinstance(given, Sequence) and not isinstance(given, bytes | bytearray):
         return [part for one in given for part in made(one)]
     raise TypeError(f"a handler answers with text or parts, not with {type(given).__name__}")
+
+
+def jsonable(given: _Given) -> _Given:
+    """The same, if it can be written as JSON: said while the handler runs, and not when its answer is due.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    try:
+        json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"what a handler answers is written as JSON: {error}") from None
+    return given
 
 
 def joined(parts: Iterable[Part]) -> list[Part]:

@@ -43,7 +43,7 @@ class Replies:
             await self._task(exchange, call, turn)
 
     async def _message(self, exchange: Exchange, call: Call) -> None:
-        queue_id, session_id = exchange.headers.get("x-queue-id"), exchange.headers.get("x-bide-session")
+        queue_id, session_id = (exchange.headers.get(name) or None for name in ("x-queue-id", "x-bide-session"))
         turn = self._work.found(queue_id, session_id)
         if turn is None:
             if self._work.turns.is_full:

@@ -70,6 +70,7 @@ class Session:
 
         Raises:
             ValueError, TypeError: it is too large, or no JSON.
+            sqlite3.Error: it could not be written, as on a full disk.
         """
         self.progress()
         if self.queue_id:

@@ -21,9 +21,9 @@ STATE_BYTES_MAX = 1024 * 1024
 """What `session.save` takes at once."""
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS answers (queue_id TEXT PRIMARY KEY, task_id TEXT, said TEXT NOT NULL, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (queue_id TEXT PRIMARY KEY, task_id TEXT, at REAL NOT NULL, said BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS answers_by_task ON answers (task_id);
-CREATE TABLE IF NOT EXISTS saved (queue_id TEXT PRIMARY KEY, said TEXT NOT NULL, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS saved (queue_id TEXT PRIMARY KEY, at REAL NOT NULL, said BLOB NOT NULL);
 """
 _TRIM = """
 DELETE FROM {table} WHERE queue_id IN (
@@ -64,7 +64,10 @@ class Store:
     def keep_answer(self, queue_id: str, task_id: str, said: dict[str, Any]) -> bool:
         """Remember the last word on an item, and forget what was saved of it; false: it could not be."""
         try:
-            self._put("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", queue_id, task_id, json.dumps(said))
+            self._put(
+                "INSERT OR REPLACE INTO answers (queue_id, task_id, said, at) VALUES (?, ?, ?, ?)",
+                queue_id, task_id, _written(said),
+            )  # fmt: skip
             self._trim("answers")
             self.forget(queue_id)
         except sqlite3.Error as error:
@@ -88,10 +91,10 @@ class Store:
             TypeError: it is not JSON.
             sqlite3.Error: it could not be written.
         """
-        said = json.dumps(state)
+        said = _written(state)
         if len(said) > STATE_BYTES_MAX:
             raise ValueError(f"{len(said)} bytes of state: save up to {STATE_BYTES_MAX}, and the rest in a file")
-        self._put("INSERT OR REPLACE INTO saved VALUES (?, ?, ?)", queue_id, said)
+        self._put("INSERT OR REPLACE INTO saved (queue_id, said, at) VALUES (?, ?, ?)", queue_id, said)
         self._trim("saved")
 
     def saved(self, queue_id: str) -> Any:
@@ -101,7 +104,7 @@ class Store:
         with self._lock:
             self._db.execute("DELETE FROM saved WHERE queue_id = ?", (queue_id,))
 
-    def _put(self, statement: str, *values: str) -> None:
+    def _put(self, statement: str, *values: str | bytes) -> None:
         with self._lock:
             self._db.execute(statement, (*values, time.time()))
 
@@ -117,3 +120,8 @@ class Store:
     def _trim(self, table: str) -> None:
         with self._lock:
             self._db.execute(_TRIM.format(table=table), self._limits)
+
+
+def _written(said: Any) -> bytes:
+    """As a blob, in the last column: SQLite then knows lengths and ages without reading it, and trims ask for all."""
+    return json.dumps(said).encode()

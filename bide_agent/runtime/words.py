@@ -111,6 +111,7 @@ class Answer:
     def __post_init__(self) -> None:
         if self.state not in ANSWERING:
             raise ValueError(f"an answer's state is one of {', '.join(ANSWERING)}, not {self.state!r}")
+        parts_.jsonable(dict(self.metadata))
 
 
 ANSWERING = tuple(state.value for state in (TaskState.COMPLETED, TaskState.INPUT_REQUIRED, TaskState.AUTH_REQUIRED))

@@ -77,9 +77,25 @@ async def test_an_agent_that_breaks_the_protocol_is_told_where() -> None:
 
     found = await findings(agent)
     wrong = {name for name, (verdict, _) in found.items() if verdict is Verdict.FAIL}
-    assert wrong == {"callers", "active_tasks", "dedupe, answered", "cancel"}
+    assert wrong == {"callers", "active_tasks", "dedupe, answered", "stop", "cancel"}
     assert "ran again" in found["dedupe, answered"][1]
+    assert found["checkpoint"][0] is Verdict.SKIP
     assert "ignored" in found["checkpoint"][1]
+
+
+@pytest.mark.parametrize("always_zero", [False, True])
+async def test_a_second_turn_for_one_message_is_seen_where_there_is_room_for_it(*, always_zero: bool) -> None:
+    def agent(bide: str) -> Any:
+        behaviour = {"always_zero": always_zero}
+        return running(
+            Options(
+                workspace="w1", bide=bide, token=TOKEN, heartbeat_s=0.2, work_s=TURN_S, max_concurrent=2,
+                behaviour=behaviour,
+            )
+        )  # fmt: skip
+
+    verdict, reason = (await findings(agent))["dedupe, running"]
+    assert (verdict, "ran twice" in reason) == (Verdict.FAIL, True), reason
 
 
 async def test_a_deaf_agent_with_bare_refusals_is_told_so() -> None:

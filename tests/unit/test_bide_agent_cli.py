@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,20 @@ def test_state_has_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("BIDE_AGENT_STATE", str(tmp_path / "own"))
     assert Options(workspace="w1").folder == tmp_path / "own/w1"
     assert Options(workspace="w1", state_dir=tmp_path).folder == tmp_path / "w1"
+
+
+def test_a_program_named_by_a_relative_path_is_found_from_its_working_directory_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr(cli, "serve", lambda handle, **_: served.append(handle.arguments))
+    monkeypatch.setattr(cli, "adopt_orphans", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.sh").write_text("#!/bin/sh\necho hello\n")
+    (tmp_path / "mine.sh").chmod(0o755)
+    for command in (["./mine.sh", "./word"], ["cat", "-"]):
+        assert cli.main(["run", "--workspace", "w1", "--", *command]) == 0
+    assert served == [[str(tmp_path / "mine.sh"), "./word"], ["cat", "-"]]
 
 
 @asynccontextmanager

@@ -207,6 +207,11 @@ async def test_a_command_that_a_signal_ends_has_failed(tmp_path: Path) -> None:
     assert (task["status"]["state"], note(task)) == ("failed", "The command ended with signal SIGKILL.")
 
 
+async def test_a_signal_without_a_name_is_a_failure_like_another(tmp_path: Path) -> None:
+    task = await said(tmp_path, *python("import os; os.kill(os.getpid(), 40)"))
+    assert note(task) == "The command ended with signal 40."
+
+
 async def test_a_prompt_too_long_for_an_argument_fails_with_a_sentence(tmp_path: Path) -> None:
     task = await said(tmp_path, "echo", "{prompt}", text="x" * MB)
     assert (task["status"]["state"], "by stdin" in note(task)) == ("failed", True)
@@ -249,6 +254,26 @@ async def test_a_command_that_is_asked_to_save_and_end_answers_in_part(tmp_path:
         reply = await sent
     assert text_of(reply) == "begun\nhalf\n"
     assert task_of(reply)["metadata"][URI] == {"checkpointed": True, "reason": "ceiling"}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_file_that_asked_one_turn_to_save_asks_not_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, shared: bool
+) -> None:
+    """Nor where the state directory or `--workdir` is a relative one."""
+    monkeypatch.chdir(tmp_path)
+    program = (
+        "echo begun; if [ -e $BIDE_CHECKPOINT_FILE ]; then echo asked at once; exit; fi\n"
+        "[ $BIDE_DELIVERY = 2 ] && exit; until [ -s $BIDE_CHECKPOINT_FILE ]; do sleep 0.02; done"
+    )
+    more = {"saving": WAYS["file"], **({"folder": Path("work")} if shared else {})}
+    async with running(Path("state"), "sh", "-c", program, **more) as host:
+        sent = asyncio.create_task(send(host, queue_id="q-1", context_id="c-1"))
+        await printed(host)
+        await direct(host, "checkpoint", "critical_waiting")
+        assert (await sent).json()["error"]["data"] == {"code": "preempted"}
+        again = await send(host, queue_id="q-1", context_id="c-1", x_bide_session="q-1:2", x_bide_delivery="2")
+    assert text_of(again) == "begun\n"
 
 
 async def test_a_command_that_made_room_is_run_again_where_it_was(tmp_path: Path) -> None:

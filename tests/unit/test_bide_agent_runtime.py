@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,44 @@ async def test_a_busy_agent_says_so_and_a_redelivery_of_what_runs_is_not_refused
         assert (await first).body == (await again).body
         assert text_of(await send(host, queue_id="q-2")) == "done", "a busy answer is not kept"
     assert steps.runs == 2
+
+
+NO_ANSWERS = {
+    "set": lambda: {"data": {1, 2}},
+    "nan": lambda: [{"data": {"x": float("nan")}}],
+    "number": lambda: {"text": 5},
+    "metadata": lambda: Answer("x", metadata={"at": object()}),
+    "partial": lambda: (_ for _ in ()).throw(Failed("said so", {"data": {1}})),
+}
+
+
+@pytest.mark.parametrize("what", NO_ANSWERS)
+async def test_an_answer_that_is_no_json_is_the_agents_error_and_leaves_nothing(tmp_path: Path, what: str) -> None:
+    async def handle(_message: Message, _session: Session) -> Any:
+        return NO_ANSWERS[what]()
+
+    async with alone(handle, tmp_path) as host:
+        reply = await send(host, queue_id="q-1")
+        if what == "partial":
+            assert task_of(reply)["status"]["state"] == "failed"
+        else:
+            assert reply.json()["error"]["message"] == "The agent failed: TypeError."
+        assert (host.active, host._work._tasks) == (0, {})
+
+
+async def test_an_empty_name_of_a_message_is_none(tmp_path: Path) -> None:
+    steps = Steps()
+
+    async def handle(message: Message, _session: Session) -> str:
+        async with steps.turn():
+            await steps.go_on.wait()
+        return message.text
+
+    async with alone(handle, tmp_path, max_concurrent=2) as host:
+        both = [asyncio.create_task(send(host, text, x_queue_id="")) for text in ("one", "two")]
+        await host.until(lambda: host.active == 2)
+        steps.go_on.set()
+        assert [text_of(await one) for one in both] == ["one", "two"]
 
 
 async def test_what_failed_runs_again(tmp_path: Path) -> None:
@@ -501,6 +540,27 @@ def test_what_is_remembered_of_items_is_bounded(tmp_path: Path) -> None:
         with pytest.raises(TypeError):
             store.save("q-1", object())
     assert (tmp_path / "items.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+def test_saving_costs_the_same_however_much_is_kept(tmp_path: Path) -> None:
+    """It is done in the agent's loop, between two tool calls."""
+    with Store(tmp_path / "items.sqlite") as store:
+        empty_s = took_s(store)
+        for number in range(60):
+            store.save(f"q-{number}", "x" * 1_000_000)
+        full_s = took_s(store)
+    print(f"saved in {empty_s * 1000:.2f} ms, with 60 MB kept in {full_s * 1000:.2f} ms")
+    assert full_s < 0.1, "it was 0.2 s when each trim read all that is kept"
+
+
+def took_s(store: Store) -> float:
+    """The best of a few: how busy the machine is, is not the question."""
+    times = []
+    for step in range(5):
+        began_at = time.perf_counter()
+        store.save("q", {"step": step})
+        times.append(time.perf_counter() - began_at)
+    return min(times)
 
 
 async def test_folders_beyond_a_number_are_removed_but_never_one_in_use(tmp_path: Path) -> None:
