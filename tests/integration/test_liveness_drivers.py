@@ -270,6 +270,17 @@ async def test_a_file_that_cannot_be_read_is_no_death(agents: AgentsFile) -> Non
     await driver.close()
 
 
+async def test_what_is_wrong_in_the_operators_file_is_said_without_its_values(agents: AgentsFile) -> None:
+    agents.add("w1")
+    agents.path.write_text("[agents.w1]\ncommand = ['x']\nTOKEN = 'sk-secret'\n")
+    driver = agents.driver()
+    why = (await look(driver, "w1")).why
+    assert "agents.w1.TOKEN" in why
+    assert "sk-secret" not in why
+    agents.write()
+    await driver.close()
+
+
 async def test_a_command_that_does_not_exist_is_an_error_and_can_be_tried_again(agents: AgentsFile) -> None:
     agents.agents["w1"] = {"command": ["/no/such/thing"]}
     agents.write()

@@ -199,7 +199,8 @@ def beat(life: Life, fact: WorkspaceHeartbeat, now: datetime) -> Life | None:
     moved = fact.progress is not None and fact.progress != life.progress
     after = replace(
         heard(life, now),
-        beat_rev=fact.rev,
+        # At most as new as our clock: by a proxy's that is ahead, those of all others would be late (D-S24).
+        beat_rev=min(fact.rev, int(now.timestamp() * 1e6)),
         beat_at=now,
         cadence_s=fact.cadence_s,
         beats=gaps.beats,

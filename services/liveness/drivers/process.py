@@ -224,8 +224,12 @@ class ProcessDriver:
             return Agents.model_validate(written).agents.get(workspace_id)
         except FileNotFoundError:
             return None
-        except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise DriverError(f"{self._agents_file} cannot be used: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]  # its place and no value: an `env` holds secrets, and this goes into the history
+            place = ".".join(str(each) for each in first["loc"])
+            raise DriverError(f"{self._agents_file} cannot be used: {place}: {first['msg']}") from error
 
     def _last_start(self, workspace_id: str) -> _Started | None:
         """The last start; found by its mark where whoever started it died before it could write that down."""
