@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,20 @@ async def test_a_busy_agent_says_so_and_a_redelivery_of_what_runs_is_not_refused
     assert steps.runs == 2
 
 
-NO_ANSWERS = {
-    "set": lambda: {"data": {1, 2}},
-    "nan": lambda: [{"data": {"x": float("nan")}}],
-    "number": lambda: {"text": 5},
+def is_said(answer: Any) -> Callable[[], Any]:
+    return lambda: answer
+
+
+def has_failed() -> None:
+    raise Failed("said so", {"data": {1}})
+
+
+NO_ANSWERS: dict[str, Callable[[], Any]] = {
+    "set": is_said({"data": {1, 2}}),
+    "nan": is_said([{"data": {"x": float("nan")}}]),
+    "number": is_said({"text": 5}),
     "metadata": lambda: Answer("x", metadata={"at": object()}),
-    "partial": lambda: (_ for _ in ()).throw(Failed("said so", {"data": {1}})),
+    "partial": has_failed,
 }
 
 
