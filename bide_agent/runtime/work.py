@@ -23,7 +23,7 @@ from bide_agent.runtime.parts import made
 from bide_agent.runtime.session import Session
 from bide_agent.runtime.store import Store
 from bide_agent.runtime.turns import Ending, Turn, Turns
-from bide_agent.runtime.words import Answer, Asked, Checkpoint, Failed, Handler, message_of
+from bide_agent.runtime.words import SHUTDOWN, Answer, Asked, Checkpoint, Failed, Handler, message_of
 from bide_agent.shapes import EXTENSION
 from bide_agent.tasks import TaskState
 
@@ -176,6 +176,14 @@ class Work:
                 asked = Asked(reason or "", _moment(word(directive, "deadline")), ends=result is Result.SAVING)
                 turn.ask(asked, self._loop)
         return Result.ASKED if result is Result.SAVING else result
+
+    async def close(self) -> None:
+        """Take nothing new, and give back what has not ended in time, also what outlives its cancelation."""
+        await self.turns.close(self.options.grace_s, self.options.stop_grace_s)
+        for turn in self.turns.running:
+            log.warning("turn_abandoned queue_id=%s", turn.queue_id)
+            _end_early(turn, Asked(SHUTDOWN))
+            turn.close()
 
     def _fell(self) -> None:
         for tell in self.on_fall:
