@@ -139,6 +139,20 @@ async def test_a_refused_token_is_read_again_or_asked_for_again(tmp_path: Path, 
         assert (tmp_path / "w1/w1.token").read_text() == "own-2"
 
 
+@pytest.mark.parametrize("found", [b"", b"\0\0\0", b"own\r\nx: y", b"\xff\xfe"])
+async def test_a_token_file_that_holds_no_token_is_as_good_as_none(tmp_path: Path, found: bytes) -> None:
+    """A power cut leaves zeros: no header that Bide could read, and so no 401 to learn from."""
+
+    async def handle(_message: Message, _session: Session) -> str:
+        return "done"
+
+    (tmp_path / "w1").mkdir()
+    (tmp_path / "w1/w1.token").write_bytes(found)
+    async with fake_bide() as bide, behind(bide, handle, tmp_path) as host:
+        assert host.registered
+    assert (tmp_path / "w1/w1.token").read_text() == bide.beats[-1].token
+
+
 async def test_an_agent_that_starts_again_shows_the_token_it_was_told(tmp_path: Path) -> None:
     async def handle(_message: Message, _session: Session) -> str:
         return "done"

@@ -62,7 +62,7 @@ async def test_a_burst_into_a_pipe_by_a_child_that_never_reads_stdin_stops_nobod
     assert ("left out" in text) == (stream == 1 and size == 10 * MB)
 
 
-@pytest.mark.parametrize("chars_max", [8, 100, 10_000])
+@pytest.mark.parametrize("chars_max", [0, 8, 100, 10_000])
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_output_is_whole_up_to_its_bound_and_then_its_two_ends(chars_max: int, size: int) -> None:
     output, text = Output(chars_max), "".join(chr(0x4E00 + number % 5000) for number in range(9000))
