@@ -66,13 +66,17 @@ class Work:
             return None
         running = self.turns.of_item(queue_id)
         if running is not None:
-            if session_id:
-                running.session_ids.add(session_id)
-            self.news.tell()
+            self.attach(running, queue_id, session_id)
             log.info("attached queue_id=%s session=%s", queue_id, session_id)
             return running
         kept = self.store.answer(queue_id)
         return None if kept is None else told.again(kept)
+
+    def attach(self, turn: Turn, queue_id: str | None, session_id: str | None) -> None:
+        """Know a turn by one more session: of a delivery that joined it, or one that only asks for its Task."""
+        if session_id and queue_id == turn.queue_id:
+            turn.session_ids.add(session_id)
+        self.news.tell()
 
     def task(self, task_id: str) -> Turn | None:
         known = self._tasks.get(task_id) or self._past.get(task_id)

@@ -446,6 +446,29 @@ async def test_a_caller_who_does_not_wait_is_answered_at_once_and_may_ask_and_ca
         assert (await ask(host, "tasks/list", "any"))["error"]["code"] == -32601
 
 
+async def test_a_turn_that_is_only_asked_for_hears_what_its_new_session_is_told(tmp_path: Path) -> None:
+    """The replica that followed its Task died; the next one delivers nothing, it asks for the Task."""
+    steps = Steps()
+
+    async def handle(_message: Message, session: Session) -> str:
+        async with steps.turn():
+            await session.until_asked()
+            await session.checkpoint("half")
+        return "whole"
+
+    async with alone(handle, tmp_path) as host:
+        task_id = task_of(await send(host, queue_id="q-1", params={"configuration": {"blocking": False}}))["id"]
+        assert await direct(host, "checkpoint", id="early", session_id="q-1:2") == (409, None)
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tasks/get", "params": {"id": task_id}}).encode()
+        for queue_id, session_id in (("q-2", "q-2:1"), ("q-1", "q-1:2")):
+            headers = {"x-queue-id": queue_id, "x-bide-session": session_id}
+            assert (await request("POST", host.url, body, headers=headers)).json()["result"]["id"] == task_id
+        assert await direct(host, "checkpoint", id="a stranger's", session_id="q-2:1") == (409, None)
+        assert await direct(host, "checkpoint", session_id="q-1:2") == (200, "asked")
+        assert text_of(await send(host, queue_id="q-1")) == "half"
+    assert steps.runs == 1
+
+
 async def test_a_question_back_is_a_state_of_the_answer(tmp_path: Path) -> None:
     async def handle(_message: Message, _session: Session) -> Answer:
         return Answer(["Which ", {"text": "one?"}], "input-required")
