@@ -120,11 +120,11 @@ async def hosted(handle: Handler | Executor, **options: Any) -> AsyncIterator[Ho
         pulse = Pulse(work, directives, url)
         worker.on_news = pulse.beat_now
         async with serving(Door(Replies(work), directives, pulse, card(settings, url)), listener):
-            try:
-                with pulse:
+            with pulse:  # to the last turn: with a long grace it would look dead, and hear of no ceiling
+                try:
                     yield Host(work, pulse, directives)
-            finally:
-                await work.close()
+                finally:
+                    await work.close()
 
 
 def serve(handle: Handler | Executor, **options: Any) -> None:
