@@ -22,6 +22,27 @@ KILLED_WITHIN_S = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
+class _Kin:
+    """What this process is the parent of: its commands, and, once it adopts, what they have left behind."""
+
+    def __init__(self) -> None:
+        self.adopts = False
+        self.starting = 0
+        self.commands: set[int] = set()
+
+    def reap_strays(self) -> None:
+        """Take the exit codes of those that left their group, as daemons do. asyncio takes those of the commands."""
+        with suppress(ChildProcessError):
+            while self.adopts and not self.starting:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is None or ended.si_pid in self.commands:
+                    return
+                os.waitpid(ended.si_pid, os.WNOHANG)
+
+
+kin = _Kin()
+
+
 class Child(asyncio.SubprocessProtocol):
     """One command and all that it starts in its group."""
 
@@ -39,6 +60,7 @@ class Child(asyncio.SubprocessProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.SubprocessTransport", transport)
         self.pid = self._transport.get_pid()
+        kin.commands.add(self.pid)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         self.heard_at = self._loop.time()
@@ -50,6 +72,7 @@ class Child(asyncio.SubprocessProtocol):
             self.drained.set()
 
     def process_exited(self) -> None:
+        kin.commands.discard(self.pid)
         self.exited.set()
 
     @property
@@ -94,6 +117,7 @@ class Child(asyncio.SubprocessProtocol):
     def close(self) -> None:
         """Close what is left of its pipes."""
         self._transport.close()
+        kin.reap_strays()
 
     async def _gone_within(self, seconds: float) -> bool:
         due = self._loop.time() + seconds
@@ -132,14 +156,18 @@ async def start(
     on_error: Callable[[bytes], None],
 ) -> Child:
     """Start a command in a session of its own. Raises `OSError`: it cannot be started."""
-    _, child = await asyncio.get_running_loop().subprocess_exec(
-        lambda: Child(on_output, on_error),
-        *command,
-        cwd=folder,
-        env=environ,
-        stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    kin.starting += 1
+    try:
+        _, child = await asyncio.get_running_loop().subprocess_exec(
+            lambda: Child(on_output, on_error),
+            *command,
+            cwd=folder,
+            env=environ,
+            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    finally:
+        kin.starting -= 1
     return child
 
 
@@ -147,4 +175,4 @@ def adopt_orphans() -> None:
     """Become the parent of grandchildren whose parent ends, and so able to wait for them. Linux; elsewhere init is."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            kin.adopts = ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0

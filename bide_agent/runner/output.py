@@ -42,7 +42,7 @@ class Output:
     def _keep(self, text: str) -> None:
         self._tail.append(text)
         self._tail_chars += len(text)
-        while self._tail_chars - len(self._tail[0]) >= self._tail_max:
+        while self._tail and self._tail_chars - len(self._tail[0]) >= self._tail_max:
             gone = len(self._tail.popleft())
             self._tail_chars -= gone
             self._left_out += gone

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
@@ -23,6 +25,11 @@ from bide_agent.runtime.told import card
 from bide_agent.runtime.words import Handler
 from bide_agent.runtime.work import Work
 from bide_agent.server import listen, serving
+
+LEAVE_S = 5.0
+"""When all callers have been answered, a process is not held open for longer: asyncio would wait for ever."""
+
+log = logging.getLogger("bide_agent")
 
 
 class Host:
@@ -87,7 +94,7 @@ class _Worker:
 
     def told(self, directive: Mapping[str, Any], result: Result) -> None:
         facts = (directive.get(name) for name in ("kind", "reason", "session_id"))
-        logging.getLogger("bide_agent").info("directive kind=%s reason=%s session=%s result=%s", *facts, result.value)
+        log.info("directive kind=%s reason=%s session=%s result=%s", *facts, result.value)
         self.on_news()
 
 
@@ -113,11 +120,11 @@ async def hosted(handle: Handler | Executor, **options: Any) -> AsyncIterator[Ho
         pulse = Pulse(work, directives, url)
         worker.on_news = pulse.beat_now
         async with serving(Door(Replies(work), directives, pulse, card(settings, url)), listener):
-            try:
-                with pulse:
+            with pulse:  # to the last turn: with a long grace it would look dead, and hear of no ceiling
+                try:
                     yield Host(work, pulse, directives)
-            finally:
-                await work.turns.close(settings.grace_s, settings.stop_grace_s)
+                finally:
+                    await work.close()
 
 
 def serve(handle: Handler | Executor, **options: Any) -> None:
@@ -127,10 +134,21 @@ def serve(handle: Handler | Executor, **options: Any) -> None:
     """
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    asyncio.run(_serve(handle, options))
+    leave = threading.Timer(LEAVE_S, _leave)
+    leave.daemon = True
+    try:
+        asyncio.run(_serve(handle, options, leave))
+    finally:
+        leave.cancel()
 
 
-async def _serve(handle: Handler | Executor, options: Mapping[str, Any]) -> None:
+def _leave() -> None:
+    log.warning("left_behind: a handler, or a thread of one, goes on after its cancelation; the agent ends without it")
+    logging.shutdown()
+    os._exit(1)
+
+
+async def _serve(handle: Handler | Executor, options: Mapping[str, Any], leave: threading.Timer) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -139,3 +157,4 @@ async def _serve(handle: Handler | Executor, options: Mapping[str, Any]) -> None
         sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()
         await stop.wait()
+    leave.start()

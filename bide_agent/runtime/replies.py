@@ -31,6 +31,8 @@ class Replies:
             await self._message(exchange, call)
             return
         turn = self._work.task(call.task_id or "")
+        if turn is not None:  # after its replica died, a message that was accepted is followed in another session
+            self._work.attach(turn, *_item(exchange))
         if turn is None:
             await exchange.respond(
                 200, shapes.error(call.request_id, TASK_NOT_FOUND, f"There is no task {call.task_id}.")
@@ -43,7 +45,7 @@ class Replies:
             await self._task(exchange, call, turn)
 
     async def _message(self, exchange: Exchange, call: Call) -> None:
-        queue_id, session_id = (exchange.headers.get(name) or None for name in ("x-queue-id", "x-bide-session"))
+        queue_id, session_id = _item(exchange)
         turn = self._work.found(queue_id, session_id)
         if turn is None:
             if self._work.turns.is_full:
@@ -124,6 +126,12 @@ async def _unless_gone(exchange: Exchange, awaited: Coroutine[Any, Any, Any]) ->
         gone.cancel()
         done.cancel()
         await asyncio.gather(gone, done, return_exceptions=True)
+
+
+def _item(exchange: Exchange) -> tuple[str | None, str | None]:
+    """Which message a request is about, and in which session of Bide's."""
+    headers = exchange.headers
+    return headers.get("x-queue-id") or None, headers.get("x-bide-session") or None
 
 
 def _number(headers: Mapping[str, str], name: str) -> int:

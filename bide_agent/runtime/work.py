@@ -23,7 +23,7 @@ from bide_agent.runtime.parts import made
 from bide_agent.runtime.session import Session
 from bide_agent.runtime.store import Store
 from bide_agent.runtime.turns import Ending, Turn, Turns
-from bide_agent.runtime.words import Answer, Asked, Checkpoint, Failed, Handler, message_of
+from bide_agent.runtime.words import SHUTDOWN, Answer, Asked, Checkpoint, Failed, Handler, message_of
 from bide_agent.shapes import EXTENSION
 from bide_agent.tasks import TaskState
 
@@ -66,13 +66,17 @@ class Work:
             return None
         running = self.turns.of_item(queue_id)
         if running is not None:
-            if session_id:
-                running.session_ids.add(session_id)
-            self.news.tell()
+            self.attach(running, queue_id, session_id)
             log.info("attached queue_id=%s session=%s", queue_id, session_id)
             return running
         kept = self.store.answer(queue_id)
         return None if kept is None else told.again(kept)
+
+    def attach(self, turn: Turn, queue_id: str | None, session_id: str | None) -> None:
+        """Know a turn by one more session: of a delivery that joined it, or one that only asks for its Task."""
+        if session_id and queue_id == turn.queue_id:
+            turn.session_ids.add(session_id)
+        self.news.tell()
 
     def task(self, task_id: str) -> Turn | None:
         known = self._tasks.get(task_id) or self._past.get(task_id)
@@ -176,6 +180,14 @@ class Work:
                 asked = Asked(reason or "", _moment(word(directive, "deadline")), ends=result is Result.SAVING)
                 turn.ask(asked, self._loop)
         return Result.ASKED if result is Result.SAVING else result
+
+    async def close(self) -> None:
+        """Take nothing new, and give back what has not ended in time, also what outlives its cancelation."""
+        await self.turns.close(self.options.grace_s, self.options.stop_grace_s)
+        for turn in self.turns.running:
+            log.warning("turn_abandoned queue_id=%s", turn.queue_id)
+            _end_early(turn, Asked(SHUTDOWN))
+            turn.close()
 
     def _fell(self) -> None:
         for tell in self.on_fall:

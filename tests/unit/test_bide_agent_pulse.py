@@ -139,6 +139,36 @@ async def test_a_refused_token_is_read_again_or_asked_for_again(tmp_path: Path, 
         assert (tmp_path / "w1/w1.token").read_text() == "own-2"
 
 
+@pytest.mark.parametrize("found", [b"", b"\0\0\0", b"own\r\nx: y", b"\xff\xfe"])
+async def test_a_token_file_that_holds_no_token_is_as_good_as_none(tmp_path: Path, found: bytes) -> None:
+    """A power cut leaves zeros: no header that Bide could read, and so no 401 to learn from."""
+
+    async def handle(_message: Message, _session: Session) -> str:
+        return "done"
+
+    (tmp_path / "w1").mkdir()
+    (tmp_path / "w1/w1.token").write_bytes(found)
+    async with fake_bide() as bide, behind(bide, handle, tmp_path) as host:
+        assert host.registered
+    assert (tmp_path / "w1/w1.token").read_text() == bide.beats[-1].token
+
+
+async def test_an_agent_beats_until_its_last_turn_has_ended(tmp_path: Path) -> None:
+    """Told to end, with a long grace: it was silent meanwhile, and a ceiling could not reach it."""
+
+    async def handle(_message: Message, session: Session) -> str:
+        asked = await session.until_asked()
+        before = host.beats
+        await host.until(lambda: host.beats >= before + 3)
+        return asked.reason
+
+    async with fake_bide() as bide:
+        async with behind(bide, handle, tmp_path, heartbeat_s=0.1, grace_s=10.0) as host:
+            sent = asyncio.create_task(send(host, queue_id="q-1"))
+            await host.until(lambda: host.active == 1)
+        assert text_of(await sent) == "shutdown"
+
+
 async def test_an_agent_that_starts_again_shows_the_token_it_was_told(tmp_path: Path) -> None:
     async def handle(_message: Message, _session: Session) -> str:
         return "done"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from bide_agent import Host
 from bide_agent.runner.command import Command, Limits, Saving
-from bide_agent.runner.group import adopt_orphans
+from bide_agent.runner.group import adopt_orphans, kin
 from bide_agent.runner.output import Output
 from tests.unit.runtime_kit import URI, alone, direct, events, send, task_of, text_of
 
@@ -62,7 +62,7 @@ async def test_a_burst_into_a_pipe_by_a_child_that_never_reads_stdin_stops_nobod
     assert ("left out" in text) == (stream == 1 and size == 10 * MB)
 
 
-@pytest.mark.parametrize("chars_max", [8, 100, 10_000])
+@pytest.mark.parametrize("chars_max", [0, 8, 100, 10_000])
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_output_is_whole_up_to_its_bound_and_then_its_two_ends(chars_max: int, size: int) -> None:
     output, text = Output(chars_max), "".join(chr(0x4E00 + number % 5000) for number in range(9000))
@@ -162,9 +162,22 @@ async def printed(host: Host) -> str:
 
 
 @pytest.fixture
-def adopting() -> None:
-    """Reaped by this process, as by the runner's."""
+def adopting() -> Iterator[None]:
+    """Reaped by this process, as by the runner's; other tests have children of their own."""
     adopt_orphans()
+    yield
+    kin.adopts = False
+
+
+@pytest.mark.usefixtures("adopting")
+async def test_a_grandchild_that_left_the_group_is_no_zombie_when_it_ends(tmp_path: Path) -> None:
+    """It was one for as long as the agent lived, one more with each turn."""
+    leaves = "import os, subprocess\nleft = subprocess.Popen(['sleep', '0.2'], start_new_session=True, stdout=2)"
+    async with running(tmp_path, *python(f"{leaves}\nprint(left.pid)")) as host:
+        pid = int(text_of(await send(host)))
+        async with asyncio.timeout(20):
+            while lives(pid):
+                await send(host)
 
 
 @pytest.mark.usefixtures("adopting")
@@ -266,8 +279,8 @@ async def test_a_file_that_asked_one_turn_to_save_asks_not_the_next(
         "echo begun; if [ -e $BIDE_CHECKPOINT_FILE ]; then echo asked at once; exit; fi\n"
         "[ $BIDE_DELIVERY = 2 ] && exit; until [ -s $BIDE_CHECKPOINT_FILE ]; do sleep 0.02; done"
     )
-    more = {"saving": WAYS["file"], **({"folder": Path("work")} if shared else {})}
-    async with running(Path("state"), "sh", "-c", program, **more) as host:
+    folder = Path("work") if shared else None
+    async with running(Path("state"), "sh", "-c", program, saving=WAYS["file"], folder=folder) as host:
         sent = asyncio.create_task(send(host, queue_id="q-1", context_id="c-1"))
         await printed(host)
         await direct(host, "checkpoint", "critical_waiting")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from tests.unit.runtime_kit import (
     text_in,
     text_of,
 )  # fmt: skip
+
+ROOT = Path(__file__).parents[2]
 
 
 async def echo(message: Message, session: Session) -> str:
@@ -115,12 +119,20 @@ async def test_a_busy_agent_says_so_and_a_redelivery_of_what_runs_is_not_refused
     assert steps.runs == 2
 
 
-NO_ANSWERS = {
-    "set": lambda: {"data": {1, 2}},
-    "nan": lambda: [{"data": {"x": float("nan")}}],
-    "number": lambda: {"text": 5},
+def is_said(answer: Any) -> Callable[[], Any]:
+    return lambda: answer
+
+
+def has_failed() -> None:
+    raise Failed("said so", {"data": {1}})
+
+
+NO_ANSWERS: dict[str, Callable[[], Any]] = {
+    "set": is_said({"data": {1, 2}}),
+    "nan": is_said([{"data": {"x": float("nan")}}]),
+    "number": is_said({"text": 5}),
     "metadata": lambda: Answer("x", metadata={"at": object()}),
-    "partial": lambda: (_ for _ in ()).throw(Failed("said so", {"data": {1}})),
+    "partial": has_failed,
 }
 
 
@@ -434,6 +446,29 @@ async def test_a_caller_who_does_not_wait_is_answered_at_once_and_may_ask_and_ca
         assert (await ask(host, "tasks/list", "any"))["error"]["code"] == -32601
 
 
+async def test_a_turn_that_is_only_asked_for_hears_what_its_new_session_is_told(tmp_path: Path) -> None:
+    """The replica that followed its Task died; the next one delivers nothing, it asks for the Task."""
+    steps = Steps()
+
+    async def handle(_message: Message, session: Session) -> str:
+        async with steps.turn():
+            await session.until_asked()
+            await session.checkpoint("half")
+        return "whole"
+
+    async with alone(handle, tmp_path) as host:
+        task_id = task_of(await send(host, queue_id="q-1", params={"configuration": {"blocking": False}}))["id"]
+        assert await direct(host, "checkpoint", id="early", session_id="q-1:2") == (409, None)
+        body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tasks/get", "params": {"id": task_id}}).encode()
+        for queue_id, session_id in (("q-2", "q-2:1"), ("q-1", "q-1:2")):
+            headers = {"x-queue-id": queue_id, "x-bide-session": session_id}
+            assert (await request("POST", host.url, body, headers=headers)).json()["result"]["id"] == task_id
+        assert await direct(host, "checkpoint", id="a stranger's", session_id="q-2:1") == (409, None)
+        assert await direct(host, "checkpoint", session_id="q-1:2") == (200, "asked")
+        assert text_of(await send(host, queue_id="q-1")) == "half"
+    assert steps.runs == 1
+
+
 async def test_a_question_back_is_a_state_of_the_answer(tmp_path: Path) -> None:
     async def handle(_message: Message, _session: Session) -> Answer:
         return Answer(["Which ", {"text": "one?"}], "input-required")
@@ -512,6 +547,66 @@ async def test_an_agent_that_ends_gives_back_what_it_has_not_finished(tmp_path: 
         assert (await sent).json()["error"]["data"] == {"code": "preempted"}
     with Store(tmp_path / "w1/items.sqlite") as store:
         assert store.saved("q-1") == "half"
+
+
+async def test_what_outlives_its_cancelation_is_given_back_when_the_agent_ends(tmp_path: Path) -> None:
+    """Its caller read a 500 of the server's: a failed attempt, one of five."""
+    release = asyncio.Event()
+
+    async def handle(_message: Message, _session: Session) -> str:
+        while not release.is_set():
+            with suppress(asyncio.CancelledError):
+                await release.wait()
+        return "too late"
+
+    async with alone(handle, tmp_path, stop_grace_s=0.1) as host:
+        sent = asyncio.create_task(send(host, queue_id="q-1"))
+        await host.until(lambda: host.active == 1)
+    assert (await sent).json()["error"]["data"] == {"code": "preempted"}
+    release.set()
+
+
+DEAF = """
+import asyncio, sys, time
+from pathlib import Path
+from bide_agent import serve
+from bide_agent.runtime import host
+
+async def handle(message, session):
+    print("begun", flush=True)
+    if message.text == "thread":
+        await asyncio.to_thread(time.sleep, 600)
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            pass
+
+host.LEAVE_S = 0.3
+serve(handle, workspace="w1", state_dir=Path(sys.argv[1]), grace_s=0.1, stop_grace_s=0.1)
+"""
+
+
+@pytest.mark.parametrize("text", ["thread", "coroutine"])
+async def test_sigterm_ends_the_process_whatever_its_handler_does(tmp_path: Path, text: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", DEAF, str(tmp_path), cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        url = json.loads(await process.stdout.readline())["url"]
+        message = {"role": "user", "messageId": "m-1", "parts": [{"kind": "text", "text": text}]}
+        body = {"jsonrpc": "2.0", "id": 1, "method": "message/send", "params": {"message": message}}
+        sent = asyncio.create_task(request("POST", url, json.dumps(body).encode(), timeout_s=30))
+        assert await process.stdout.readline() == b"begun\n"
+        process.terminate()
+        assert (await sent).json()["error"]["data"] == {"code": "preempted"}
+        async with asyncio.timeout(20):
+            assert await process.wait() == 1
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 async def test_an_agent_lets_nobody_in_before_it_knows_bide_and_then_bide_alone(tmp_path: Path) -> None:
