@@ -170,7 +170,7 @@ class TestAgents:
     async def test_measures_are_by_status(self, pool: Pool) -> None:
         await saved(
             pool, life("a", heard_at=at(-500)), life("b", heard_at=at(-900), expects_beats=False),
-            life("c", blind_since=at(-500)), life("d", status=Status.OFFLINE, blind_since=NOW),
+            life("c", blind_since=at(-500)), life("d", status=Status.OFFLINE, blind_since=datetime.now(UTC)),
         )  # fmt: skip
         rows = {row["status"]: row for row in await pool.fetch(SQL["measure"])}
         assert {name: (row["agents"], row["blind"]) for name, row in rows.items()} == {

@@ -171,7 +171,7 @@ async def test_a_key_with_another_body_is_refused(ring: Proxy) -> None:
 async def test_an_explicit_key_is_one_execution_idle_busy_and_after(ring: Proxy) -> None:
     """A-Q-20, A-Q-21: a new messageId per retry does not defeat it, and a late retry gets the stored answer."""
     name = fresh()
-    async with agent(name, work_s=0.2) as worker:
+    async with agent(name, work_s=2.0) as worker:
         await seat(ring, worker, name)
 
         async def send(message_id: str) -> Any:
