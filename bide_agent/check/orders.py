@@ -24,7 +24,7 @@ async def checkpoints(trial: Trial) -> Finding:
         said = await sent
     if word is None:
         return trouble
-    ours = said.result.get("metadata", {}).get("urn:bide:queue:1", {})
+    ours = (said.result.get("metadata") or {}).get("urn:bide:queue:1", {})
     marked = ", marked checkpointed" if isinstance(ours, dict) and ours.get("checkpointed") else ""
     if not (said.is_answer or said.mark == "preempted"):
         return failed(f"acknowledged as {word!r}, and then {said}")

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
-from bide_agent.check.checks import CHECKS
+from bide_agent.check.checks import CHECKS, Check
 from bide_agent.check.registry import Registry, registry
-from bide_agent.check.trial import Finding, Trial, Verdict
+from bide_agent.check.trial import Finding, Trial, Verdict, failed
 
 TEXT = "Work for about five seconds and then say what you did."
 NONE_CAME = 2
@@ -51,10 +51,17 @@ async def check(wanted: Wanted, say: Callable[[str], None]) -> list[Finding]:
         trial = Trial(wanted.url or str(bide.registration.get("url", "")), bide, wanted.text)
         findings = []
         for name, one in CHECKS.items():
-            finding = replace(await one(trial), name=name)
+            finding = replace(await _made(one, trial), name=name)
             findings.append(finding)
             say(f"{finding.verdict.value}  {name:18} {finding.reason}")
         return findings
+
+
+async def _made(one: Check, trial: Trial) -> Finding:
+    try:
+        return await one(trial)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # a shape that nobody has thought of
+        return failed(f"what it says has no shape that can be read: {type(error).__name__}: {error}")
 
 
 def run(wanted: Wanted) -> int:

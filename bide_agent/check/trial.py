@@ -97,14 +97,14 @@ class Said:
 
     @property
     def text(self) -> str:
-        holders = [self.result, *self.result.get("artifacts", [])]
-        parts = [part for holder in holders if isinstance(holder, dict) for part in holder.get("parts", [])]
+        holders = [self.result, *(self.result.get("artifacts") or ())]
+        parts = [part for holder in holders if isinstance(holder, dict) for part in holder.get("parts") or ()]
         return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
 
     @property
     def is_answer(self) -> bool:
         """A Message, or a Task that has ended."""
-        return "parts" in self.result or self.state in FINAL
+        return bool(self.result.get("parts")) or self.state in FINAL
 
     @property
     def gave_up(self) -> bool:

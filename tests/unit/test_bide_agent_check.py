@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,10 @@ import pytest
 from bide_agent import Message, Options, Session, hosted, running
 from bide_agent.check.checks import CHECKS
 from bide_agent.check.program import Wanted, check
-from bide_agent.check.trial import Verdict
+from bide_agent.check.program import _made as made
+from bide_agent.check.registry import Registry
+from bide_agent.check.trial import Said, Trial, Verdict
+from bide_agent.client import Reply
 from bide_agent.server import listen
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +112,23 @@ async def test_a_deaf_agent_with_bare_refusals_is_told_so() -> None:
     found = await findings(agent)
     assert found["heartbeat cadence"][0] is found["answer"][0] is Verdict.FAIL
     assert {found[name][0] for name in ("busy answer", "checkpoint", "stop")} == {Verdict.SKIP}
+
+
+@pytest.mark.parametrize(
+    ("result", "verdict"),
+    [
+        ({"kind": "task", "status": {"state": "completed"}, "artifacts": None, "metadata": None}, Verdict.PASS),
+        ({"kind": "message", "parts": None}, Verdict.FAIL),
+        ({"task": ["nonsense"], "status": [], "artifacts": 5}, Verdict.FAIL),
+    ],
+)
+async def test_what_nobody_has_thought_of_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, result: dict[str, Any], verdict: Verdict
+) -> None:
+    """Other languages write null for what is not there."""
+    said = Said(Reply(200, {}, json.dumps({"result": result}).encode()), 0.0)
+    monkeypatch.setattr(Trial, "send", lambda *_, **__: asyncio.sleep(0, said))
+    assert (await made(CHECKS["answer"], Trial("", Registry(""), ""))).verdict is verdict
 
 
 @pytest.mark.parametrize(("command", "code"), [((), 2), (("sh", "-c", "exit 0"), 2), (("no-such-program",), 2)])
