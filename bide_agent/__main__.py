@@ -1,5 +1,7 @@
 """`python -m bide_agent`: one agent as a process of its own, until SIGTERM (unless it ignores that) or SIGINT.
 
+`python -m bide_agent run` and `check` are `bide-agent`'s (`cli.py`); without them it is the small agent for trials.
+
 Prints one JSON line to stdout when it serves, `{"workspace": …, "url": …, "boot_id": …}`, and speaks on stderr.
 """
 
@@ -14,12 +16,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bide_agent import cli
 from bide_agent.agent import Agent, running
 from bide_agent.behaviour import Behaviour, BehaviourError, parse
 from bide_agent.options import Options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in cli.COMMANDS:
+        return cli.main(words)
     parser = _parser()
     try:
         options = _options(parser.parse_args(arguments))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -34,6 +34,7 @@ class Verb(Enum):
     STREAM = "stream"
     GET = "get"
     CANCEL = "cancel"
+    SUBSCRIBE = "subscribe"
 
 
 METHODS = {
@@ -45,6 +46,12 @@ METHODS = {
     "SendStreamingMessage": (Dialect.V10, Verb.STREAM),
     "GetTask": (Dialect.V10, Verb.GET),
     "CancelTask": (Dialect.V10, Verb.CANCEL),
+}
+
+WITH_SUBSCRIBE = {
+    **METHODS,
+    "tasks/resubscribe": (Dialect.V03, Verb.SUBSCRIBE),
+    "SubscribeToTask": (Dialect.V10, Verb.SUBSCRIBE),
 }
 
 
@@ -69,10 +76,12 @@ class Call:
     task_id: str | None = None
     text: str = ""
     at_once: bool = False
+    message: Mapping[str, Any] = field(default_factory=dict)
+    """The whole message, as it came."""
 
 
-def read(body: bytes) -> Call:
-    """Read a request.
+def read(body: bytes, methods: Mapping[str, tuple[Dialect, Verb]] = METHODS) -> Call:
+    """Read a request for one of `methods`.
 
     Raises:
         CallError: it is no JSON-RPC request, names no method of ours, or lacks what the method needs.
@@ -86,12 +95,12 @@ def read(body: bytes) -> Call:
     request_id, method, params = request.get("id"), request.get("method"), request.get("params")
     if request.get("jsonrpc") != "2.0" or not isinstance(method, str):
         raise CallError(INVALID_REQUEST, 'jsonrpc must be "2.0" and method a string.', request_id)
-    if method not in METHODS:
-        raise CallError(METHOD_NOT_FOUND, f"There is no {method} here; try {', '.join(METHODS)}.", request_id)
-    dialect, verb = METHODS[method]
+    if method not in methods:
+        raise CallError(METHOD_NOT_FOUND, f"There is no {method} here; try {', '.join(methods)}.", request_id)
+    dialect, verb = methods[method]
     if not isinstance(params, dict):
         raise CallError(INVALID_PARAMS, "params must be an object.", request_id)
-    if verb in {Verb.GET, Verb.CANCEL}:
+    if verb in {Verb.GET, Verb.CANCEL, Verb.SUBSCRIBE}:
         if not isinstance(params.get("id"), str):
             raise CallError(INVALID_PARAMS, "params.id must be the id of a task.", request_id)
         return Call(dialect=dialect, verb=verb, request_id=request_id, task_id=params["id"])
@@ -119,6 +128,7 @@ def _message(dialect: Dialect, verb: Verb, request_id: Any, params: Mapping[str,
         text="\n".join(text for text in texts if isinstance(text, str)),
         at_once=configuration.get("blocking") is False
         or _said(configuration, "returnImmediately", "return_immediately") is True,
+        message=message,
     )
 
 

@@ -1,4 +1,4 @@
-"""The one HTTP client of the agent: a request per connection, bounded in time and size, plain HTTP."""
+"""The one HTTP client of the agent: a request per connection, bounded in time and size, HTTP and HTTPS."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ async def request(
 
 async def _request(method: str, url: str, body: bytes, headers: Mapping[str, str]) -> Reply:
     parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
+    secure = parts.scheme == "https"
+    reader, writer = await asyncio.open_connection(
+        parts.hostname, parts.port or (443 if secure else 80), ssl=True if secure else None
+    )
     try:
         named = {"host": parts.netloc, "content-length": str(len(body)), "connection": "close", **headers}
         lines = "".join(f"{name}: {value}\r\n" for name, value in named.items())

@@ -8,6 +8,8 @@ from enum import Enum
 class Result(Enum):
     """What Bide is told of a directive; the values are the words in `acknowledged`."""
 
+    ASKED = "asked"
+    """The work was asked to end, and will at its next tool boundary."""
     SAVING = "saving"
     """The work ends early, with what there is of it."""
     STOPPING = "stopping"

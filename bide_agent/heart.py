@@ -8,15 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
-from bide_agent import client, shapes
+from bide_agent import client
 from bide_agent.client import Reply, UnreachableError
 from bide_agent.decide import Result
 from bide_agent.directives import Directives
-from bide_agent.state import State
+from bide_agent.tokens import Tokens
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 5.0
 
@@ -24,11 +23,36 @@ log = logging.getLogger("bide_agent")
 _random = random.SystemRandom()
 
 
-class Heart:
-    """Beats on the declared cadence, and at once when `state.wake` is set (a turn ended, a directive came)."""
+class Body(Protocol):
+    """What a heart beats for."""
 
-    def __init__(self, state: State, bide: str, directives: Directives) -> None:
-        self._state = state
+    url: str
+    wake: asyncio.Event
+    tokens: Tokens
+
+    @property
+    def workspace(self) -> str: ...
+    @property
+    def heartbeat_s(self) -> float: ...
+    @property
+    def is_deaf(self) -> bool:
+        """It registers, and says no more."""
+
+    def registration(self) -> dict[str, Any]:
+        """What it registers with."""
+
+    def alive(self) -> dict[str, Any]:
+        """What a beat tells, all of it each time; what was acknowledged is added."""
+
+    def news_of_heart(self) -> None:
+        """It has registered, or Bide has taken a beat."""
+
+
+class Heart:
+    """Beats on the declared cadence, and at once when `body.wake` is set (a turn ended, a directive came)."""
+
+    def __init__(self, body: Body, bide: str, directives: Directives) -> None:
+        self._body = body
         self._directives = directives
         self._bide = bide.rstrip("/")
         self._failures = 0
@@ -40,7 +64,7 @@ class Heart:
     async def run(self) -> None:
         """Register, then beat, until canceled."""
         while True:
-            self._state.wake.clear()
+            self._body.wake.clear()
             try:
                 reached = await self._turn()
             except UnreachableError as error:
@@ -51,44 +75,33 @@ class Heart:
                 await self._pause()
             else:
                 self._failures += 1
-                await asyncio.sleep(retry_s(self._failures, self._state.options.heartbeat_s))
+                await asyncio.sleep(retry_s(self._failures, self._body.heartbeat_s))
 
     async def _turn(self) -> bool:
         if not self.registered.is_set() and not await self._register():
             return False
-        return self._state.behaviour.deaf or await self._beat()
+        return self._body.is_deaf or await self._beat()
 
     async def _pause(self) -> None:
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._state.options.heartbeat_s):
-                await self._state.wake.wait()
+            async with asyncio.timeout(self._body.heartbeat_s):
+                await self._body.wake.wait()
 
     async def _register(self) -> bool:
-        state = self._state
-        reply = await self._post(
-            "/registry/register",
-            {
-                "id": state.options.workspace,
-                "url": state.url,
-                "agent_card": shapes.card(state.options.workspace, state.url),
-                "boot_id": state.boot_id,
-                "max_concurrent_tasks": state.turns.max_concurrent,
-                "heartbeat_interval_s": state.options.heartbeat_s,
-                "capabilities": _capabilities(control=state.behaviour.control),
-            },
-        )
+        body = self._body
+        reply = await self._post("/registry/register", body.registration())
         told = reply.json()
         if reply.status != 200:  # noqa: PLR2004 - HTTP
             self._say("registration_refused", status=reply.status, detail=told.get("detail"))
             return False
         if isinstance(told.get("auth_token"), str):  # told once; afterwards the kept one goes on
-            state.tokens.keep(told["auth_token"])
+            body.tokens.keep(told["auth_token"])
         if isinstance(told.get("delivery_token"), str):
-            state.tokens.delivery = told["delivery_token"]
+            body.tokens.delivery = told["delivery_token"]
         self.incarnation = told.get("incarnation")
         self.registered.set()
-        state.news.tell()
-        log.info("registered workspace=%s incarnation=%s url=%s", state.options.workspace, self.incarnation, state.url)
+        body.news_of_heart()
+        log.info("registered workspace=%s incarnation=%s url=%s", body.workspace, self.incarnation, body.url)
         return True
 
     async def _beat(self) -> bool:
@@ -104,24 +117,16 @@ class Heart:
         directives = reply.json().get("directives")
         for directive in directives if isinstance(directives, list) else []:
             self._directives.hear(directive)
-        self._state.news.tell()
+        self._body.news_of_heart()
         return True
 
     def _facts(self, acknowledged: dict[str, Result]) -> dict[str, Any]:
-        state = self._state
-        return {
-            "workspace_id": state.options.workspace,
-            "active_tasks": 0 if state.behaviour.always_zero else state.turns.active,
-            "boot_id": state.boot_id,
-            "max_concurrent_tasks": state.turns.max_concurrent,
-            "uptime_seconds": round(time.monotonic() - state.started_at, 3),
-            "progress": state.turns.progress,
-            "acknowledged": [{"id": one, "result": result.value} for one, result in acknowledged.items()],
-        }
+        said = [{"id": one, "result": result.value} for one, result in acknowledged.items()]
+        return {**self._body.alive(), "acknowledged": said}
 
     async def _post(self, path: str, body: dict[str, Any]) -> Reply:
         """Post with the token of the day; where it is refused and the file holds another one, once more with that."""
-        tokens = self._state.tokens
+        tokens = self._body.tokens
         shown = tokens.shown
         reply = await client.post(self._bide + path, body, token=shown)
         if reply.status == 401 and tokens.refused(shown):  # noqa: PLR2004 - HTTP
@@ -130,11 +135,7 @@ class Heart:
 
     def _say(self, event: str, **facts: object) -> None:
         told = " ".join(f"{name}={value!r}" for name, value in facts.items())
-        log.warning("%s workspace=%s %s", event, self._state.options.workspace, told)
-
-
-def _capabilities(*, control: bool) -> list[str]:
-    return [*(["control"] if control else []), "refuses_when_busy"]
+        log.warning("%s workspace=%s %s", event, self._body.workspace, told)
 
 
 def retry_s(failures: int, cadence_s: float) -> float:

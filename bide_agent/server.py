@@ -137,24 +137,24 @@ async def serving(app: Callable[[Exchange], Awaitable[None]], listener: socket.s
         await task
 
 
-def listen(port: int) -> socket.socket:
-    """Listen on loopback.
+def listen(port: int, host: str = "127.0.0.1") -> socket.socket:
+    """Listen, on loopback if nothing else is said.
 
     Raises:
         OSError: the port is taken, or, for port 0, 200 random ones were.
     """
     if port:
-        return _listen(port)
+        return _listen(port, host)
     for candidate in random.sample(range(LOWEST, HIGHEST), TRIES):
         try:
-            return _listen(candidate)
+            return _listen(candidate, host)
         except OSError:
             continue
     raise OSError(f"no free port found between {LOWEST} and {HIGHEST}")
 
 
-def _listen(port: int) -> socket.socket:
-    listener = socket.create_server(("127.0.0.1", port), backlog=2048)
+def _listen(port: int, host: str) -> socket.socket:
+    listener = socket.create_server((host, port), backlog=2048)
     # Inherited by what it accepts: an answer in two writes would wait 40 ms for the caller's delayed ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener

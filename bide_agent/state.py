@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bide_agent import shapes
 from bide_agent.behaviour import Behaviour, BehaviourError, Fate, changed, spend
+from bide_agent.decide import Result, decide
+from bide_agent.directives import word
 from bide_agent.news import News
 from bide_agent.options import Options
 from bide_agent.record import Record
@@ -61,6 +64,62 @@ class State:
         if settings.keys() & {"deaf", "always_zero"}:
             self.wake.set()
         self.news.tell()
+
+    @property
+    def workspace(self) -> str:
+        return self.options.workspace
+
+    @property
+    def heartbeat_s(self) -> float:
+        return self.options.heartbeat_s
+
+    @property
+    def is_deaf(self) -> bool:
+        return self.behaviour.deaf
+
+    def registration(self) -> dict[str, Any]:
+        return {
+            "id": self.workspace,
+            "url": self.url,
+            "agent_card": shapes.card(self.workspace, self.url),
+            "boot_id": self.boot_id,
+            "max_concurrent_tasks": self.turns.max_concurrent,
+            "heartbeat_interval_s": self.heartbeat_s,
+            "capabilities": [*(["control"] if self.behaviour.control else []), "refuses_when_busy"],
+        }
+
+    def alive(self) -> dict[str, Any]:
+        return {
+            "workspace_id": self.workspace,
+            "active_tasks": 0 if self.behaviour.always_zero else self.turns.active,
+            "boot_id": self.boot_id,
+            "max_concurrent_tasks": self.turns.max_concurrent,
+            "uptime_seconds": round(time.monotonic() - self.started_at, 3),
+            "progress": self.turns.progress,
+        }
+
+    def news_of_heart(self) -> None:
+        self.news.tell()
+
+    def act(self, directive: Mapping[str, Any]) -> Result:
+        """Do to the turns of a directive's session what it asks, as far as the behaviour obeys it."""
+        behaviour = self.behaviour
+        reason, session_id = word(directive, "reason"), word(directive, "session_id")
+        turns = self.turns.of(session_id) if session_id else []
+        result = decide(
+            word(directive, "kind"), reason, checkpoint=behaviour.checkpoint, stop=behaviour.stop,
+            runs=bool(turns), hears=any(turn.advances for turn in turns),
+        )  # fmt: skip
+        for turn in turns:
+            if result is Result.SAVING and reason:
+                turn.save(reason, behaviour.save_s)
+            elif result is Result.STOPPING:
+                turn.cancel()
+        return result
+
+    def told(self, directive: Mapping[str, Any], result: Result) -> None:
+        self.record.directive(self.workspace, directive, result.value)
+        self.wake.set()
 
     def _fell(self) -> None:
         self.wake.set()

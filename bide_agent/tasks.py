@@ -22,6 +22,9 @@ class TaskState(Enum):
     WORKING = "working"
     COMPLETED = "completed"
     CANCELED = "canceled"
+    FAILED = "failed"
+    INPUT_REQUIRED = "input-required"
+    AUTH_REQUIRED = "auth-required"
 
 
 @dataclass(slots=True, kw_only=True)

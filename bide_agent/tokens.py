@@ -43,7 +43,9 @@ class Tokens:
         return self._own is not None
 
     def _read(self) -> str | None:
+        """None: there is no file, or what is in it is no token, as after a power cut; then it is enrolled again."""
         try:
-            return self._path.read_text().strip() or None if self._path else None
-        except FileNotFoundError:
+            said = self._path.read_text("ascii").strip() if self._path else ""
+        except (FileNotFoundError, UnicodeDecodeError):
             return None
+        return said if said and said.isprintable() else None

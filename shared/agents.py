@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from shared.addresses import AddressRefused, AddressRules, Lookup, Target, parse_url, system_lookup
 from shared.connection import Connection
 from shared.dialing import Dialer
-from shared.exchange import AgentError, BodyLost, Exchange, Life, Limits, NotSent, TooLarge, Unanswered
+from shared.exchange import AgentError, BodyLost, Exchange, Life, Limits, NotSent, TooLarge, Unanswered, Until
 from shared.origins import Origin, Pool
 from shared.outcomes import Fault
 
 __all__ = [
     "AddressRules", "AgentError", "Agents", "BodyLost", "Exchange", "Headers", "Life", "Limits", "NotSent", "TooLarge",
-    "Unanswered",
+    "Unanswered", "Until",
 ]  # fmt: skip
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -79,6 +79,7 @@ class Agents:
         method: str = "POST",
         limits: Limits = _LIMITS,
         last_life: Life | None = None,
+        until: Until | None = None,
         fresh: bool = False,
     ) -> Exchange:
         """Send a request and come back with the head of its answer.
@@ -86,26 +87,36 @@ class Agents:
         `fresh` opens a new connection: on it, an end without an answer is never a server's idle timeout. A GET or HEAD
         that met one is repeated once; a POST never is, since the server may have processed it (RFC 9110 §9.2.2).
 
+        `until` bounds it instead of the total limit, and is asked again as long as it runs.
+
         Raises:
             NotSent: nothing left; `outcome.fault` says why.
             Unanswered: it was sent, and no head came.
         """
         target, request = _request(url, method, headers, body)
         try:
-            return await self._send(target, request, method, limits, last_life, fresh=fresh)
+            return await self._send(target, request, method, limits, last_life=last_life, until=until, fresh=fresh)
         except Unanswered as error:
             if not error.stale or method not in _REPEATABLE:
                 raise
-        return await self._send(target, request, method, limits, last_life, fresh=True)
+        return await self._send(target, request, method, limits, last_life=last_life, until=until, fresh=True)
 
     async def _send(
-        self, target: Target, request: bytes, method: str, limits: Limits, last_life: Life | None, *, fresh: bool
+        self,
+        target: Target,
+        request: bytes,
+        method: str,
+        limits: Limits,
+        *,
+        last_life: Life | None,
+        until: Until | None,
+        fresh: bool,
     ) -> Exchange:
         origin = self._origin(target)
         connection = None if fresh else origin.take()
         if connection is None:
             connection = await origin.acquire(limits.connect_timeout_s, fresh=fresh)
-        exchange = Exchange(connection, limits, last_life, reused=connection.used, head=method == "HEAD")
+        exchange = Exchange(connection, limits, last_life, reused=connection.used, head=method == "HEAD", until=until)
         connection.begin(request, exchange)
         try:
             while not exchange.status:

@@ -21,6 +21,8 @@ from shared.outcomes import Fault
 _NEVER = float("inf")
 _TIMER_SLACK_S = 0.002
 """Loops keep time in milliseconds: a timer that comes this much early has come."""
+_LOOK_AGAIN_S = 30.0
+"""An end that was far away may have come nearer (`Until`): it is looked at this often."""
 _SWITCHING = 101
 _RDHUP: int = getattr(select, "POLLRDHUP", 0)
 
@@ -230,6 +232,7 @@ class Connection(asyncio.Protocol):
     # ── time ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _watch(self, at: float) -> None:
+        at = min(at, monotonic() + _LOOK_AGAIN_S)
         if at >= self._timer_at:  # the timer that runs will look again
             return
         if self._timer is not None:

@@ -17,6 +17,8 @@ from shared.outcomes import Answer, Fault, NoAnswer
 
 Life = Callable[[], float]
 """When the agent last showed life by other means (a heartbeat, progress), in `time.monotonic()` seconds."""
+Until = Callable[[], float]
+"""Until when an exchange may last as things stand now, in `time.monotonic()` seconds: it may move meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,20 @@ class Exchange:
     """A request that was sent. Use it as an async context manager: what is not read to its end is closed."""
 
     __slots__ = (
-        "_body_end", "_buffered", "_error", "_headers", "_idle_s", "_life", "_pieces", "_total_at", "_waiter", "_wire",
-        "head_only", "raw_headers", "reused", "seen_at", "status",
+        "_body_end", "_buffered", "_error", "_headers", "_idle_s", "_life", "_pieces", "_total_at", "_until", "_waiter",
+        "_wire", "head_only", "raw_headers", "reused", "seen_at", "status",
     )  # fmt: skip
 
-    def __init__(self, wire: Wire, limits: Limits, life: Life | None, *, reused: bool, head: bool) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        limits: Limits,
+        life: Life | None,
+        *,
+        reused: bool,
+        head: bool,
+        until: Until | None = None,
+    ) -> None:
         self.status = 0
         """0 until the head has come; `Agents.send` gives an exchange away only after that."""
         self.raw_headers: list[tuple[bytes, bytes]] = []
@@ -94,6 +105,7 @@ class Exchange:
         self._idle_s = limits.idle_timeout_s
         self._total_at = self.seen_at + limits.total_timeout_s
         self._life = life
+        self._until = until
         self._pieces: list[bytes] = []
         self._buffered = 0
         self._body_end = False
@@ -218,8 +230,9 @@ class Exchange:
 
     def deadline(self, *, paused: bool) -> tuple[float, Fault]:
         """The next moment at which this is over unless something happens. A reader's slowness is not the agent's."""
+        total_at = self._total_at if self._until is None else self._until()
         if paused:
-            return self._total_at, Fault.TOTAL_TIMEOUT
+            return total_at, Fault.TOTAL_TIMEOUT
         seen_at = self.seen_at if self._life is None else max(self.seen_at, self._life())
         idle_at = seen_at + self._idle_s
-        return (idle_at, Fault.IDLE_TIMEOUT) if idle_at < self._total_at else (self._total_at, Fault.TOTAL_TIMEOUT)
+        return (idle_at, Fault.IDLE_TIMEOUT) if idle_at < total_at else (total_at, Fault.TOTAL_TIMEOUT)

@@ -352,7 +352,8 @@ class ScheduleQuery(Fact):
 
     A command (`create`, `patch`, `delete`, `run`, `pause`, `resume`; `checkpoint` and `stop`, about the sessions of a
     workspace) answers after its commit, may be sent again, and is refused after `expires_at`. `sessions` shows what
-    runs in a workspace, or in all of them ("-"), and which of its schedules bounce.
+    runs in a workspace, or ("-") in those that `body` names as `workspaces`, and which of their schedules bounce.
+    Where it names none: in all in which something runs.
     """
 
     query_id: UUID

@@ -24,6 +24,8 @@ _FOREIGN = ("BIDE_TEST_", "BIDE_LOCAL_", "BIDE_NO_DOCKERD")
 
 TURN_SLACK_S = 60.0
 """What a turn may outlast its ceiling and both graces by: whoever ends it looks only now and then."""
+STOP_HEARD_S = 60.0
+"""Who has a session ended says so every 10 s. Once he has been quiet for this long, the longest turn counts again."""
 
 SettingsT = TypeVar("SettingsT", bound="SharedSettings")
 
@@ -63,7 +65,7 @@ class SharedSettings(BaseModel):
     """The operator's bearer token: it has every right. Read by the proxy."""
     delivery_secret: SecretStr | None = None
     """What the token that we show to an agent is derived from. Read by whoever talks to agents: proxy and queue."""
-    session_ceiling_s: float = Field(default=1800.0, ge=0)
+    session_ceiling_s: float = Field(default=1800.0, ge=0, le=30 * 86_400.0)
     """How long a session may last where neither its workspace nor its schedule says otherwise; 0: for ever. This and
     the two graces are read by the scheduler, which ends it, and by queue and proxy, which do not wait for its answer
     for ever."""

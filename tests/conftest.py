@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
+import hypothesis  # noqa: F401 - before any test: Python 3.11 may not parse its sources any more afterwards
 import pytest
 from pydantic import SecretStr
 

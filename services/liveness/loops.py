@@ -119,8 +119,9 @@ class Loops:
         return lags or at - self._started < self.settings.settle_s
 
     async def _list(self, name: str, due: Sequence[Life], now: datetime | None, *, slow: bool) -> None:
-        seen = await self._seen(name, due)
+        # Before the look: what comes late of it, after a stall of ours, says nothing about the time since (D-S23).
         moment: datetime = await self.pool.fetchval(SQL["read_clock"], now)
+        seen = await self._seen(name, due)
         doubt = await self._doubt(name, due, seen, moment, slow=slow)
         WINDOW.set(max(life.window_s for life in due))
         for life in due:
@@ -129,8 +130,9 @@ class Loops:
             if _says_nothing_new(life, judge(life, observation, moment, doubt)):
                 continue
             work = partial(
-                self._judge, name=life.workspace_id, fence=life.fence, seen=observation, doubt=doubt, now=now
-            )
+                self._judge, name=life.workspace_id, fence=life.fence, seen=observation, doubt=doubt, seen_at=moment,
+                now=now,
+            )  # fmt: skip
             try:
                 await transact(self.pool, work)
             except Exception as error:
@@ -160,16 +162,17 @@ class Loops:
     async def _ended(self, ended: Exit) -> None:
         seen = Observation(Seen.STOPPED, ended.container_id, why="the engine says so")
         await transact(
-            self.pool, partial(self._judge, name=ended.workspace_id, fence=None, seen=seen, doubt=Doubt(), now=None)
+            self.pool,
+            partial(self._judge, name=ended.workspace_id, fence=None, seen=seen, doubt=Doubt(), seen_at=None, now=None),
         )
         self.told()
         self.died()
 
     async def _judge(
         self, connection: Connection, *, name: str, fence: int | None, seen: Observation, doubt: Doubt,
-        now: datetime | None,
+        seen_at: datetime | None, now: datetime | None,
     ) -> None:  # fmt: skip
-        """Judge one look under the agent's lock; what was seen before a restart of it counts for nothing.
+        """Judge one look under the agent's lock, as of when it was made; one from before a restart counts for nothing.
 
         Without a fence it is an exit event: it counts for the very container that it names.
         """
@@ -182,7 +185,7 @@ class Loops:
         life = before
         if life.status in DOWN and life.boot_until is None and await store.find_open(connection, name) is None:
             life = believed(life, Status.ONLINE, "")  # nobody is at it any more
-        decision = judge(life, seen, moment, doubt, exited=fence is None)
+        decision = judge(life, seen, seen_at or moment, doubt, exited=fence is None)
         await self._act(connection, before, seen, decision, moment, source="exit" if fence is None else "look")
 
     async def _act(
@@ -248,7 +251,7 @@ def _says_nothing_new(life: Life, decision: Decision) -> bool:
 
 def _is_news(before: Life, after: Life, decision: Decision) -> bool:
     """Whether an observation is worth a row: a look that found nothing changed is not."""
-    if decision.verdict in {Verdict.ALIVE, Verdict.LEFT_ALONE, Verdict.WAIT, Verdict.BLIND}:
+    if decision.verdict in {Verdict.ALIVE, Verdict.LEFT_ALONE, Verdict.WAIT, Verdict.BLIND, Verdict.WEDGED}:
         blind = (before.blind_since is None) != (after.blind_since is None)
         return before.status is not after.status or before.container_id != after.container_id or blind
     return True

@@ -100,9 +100,14 @@ WHERE a.driver IS NOT NULL AND NOT a.removed
 GROUP BY a.driver
 
 -- name: due_restarts
-SELECT r.restart_id, r.workspace_id FROM restarts r JOIN agents a USING (workspace_id)
-WHERE r.ended_at IS NULL AND r.due_at <= $1 AND (r.lease_until IS NULL OR r.lease_until < $1)
-ORDER BY r.due_at, r.restart_id LIMIT $2
+-- So many of each engine: one whose cap is full keeps those of no other waiting, least of all an order to kill.
+SELECT r.restart_id, r.workspace_id
+FROM (
+  SELECT restart_id, row_number() OVER (PARTITION BY driver ORDER BY due_at, restart_id) AS place FROM restarts
+  WHERE ended_at IS NULL AND due_at <= $1 AND (lease_until IS NULL OR lease_until < $1)) AS due
+JOIN restarts r USING (restart_id) JOIN agents a USING (workspace_id)
+WHERE due.place <= $2 AND r.ended_at IS NULL AND r.due_at <= $1 AND (r.lease_until IS NULL OR r.lease_until < $1)
+ORDER BY r.due_at, r.restart_id
 FOR NO KEY UPDATE OF a, r SKIP LOCKED
 
 -- name: lock_restart

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
-from shared.agents import AgentError, Agents, Exchange, Limits
+from shared.agents import AgentError, Agents, Exchange, Limits, Until
 from shared.outcomes import Answer, Fault, Outcome, Verdict
 from shared.replies import classify
 from shared.results import Kind, Result, read_result
@@ -59,6 +59,8 @@ class Outgoing:
     headers: Headers
     limits: Limits
     last_life: Callable[[], float]
+    until: Until | None = None
+    """Bounds it instead of the total limit; None: it is no session."""
 
 
 @dataclass(slots=True)  # not frozen: one is made for each message, and freezing makes that three times as dear
@@ -98,6 +100,19 @@ DIED = (
 )
 
 
+STOPPED = (
+    "Its session was told to stop ({reason}), and it ended without an answer. The agent may have done a part of it, "
+    "and nobody sends it again: look what is done before you do."
+)
+
+
+def as_stopped(ending: Ending, reason: str | None) -> Ending:
+    """What was told to stop for this reason and has no answer is not kept: it would be the same session once more."""
+    if reason is None or isinstance(ending, Passed) or ending.verdict.outcome is Outcome.NOT_DELIVERED:
+        return ending
+    return Broken(Verdict(Outcome.UNKNOWN, "session_stopped", STOPPED.format(reason=reason)))
+
+
 async def forward_within(
     bound: asyncio.Timeout, agents: Agents, outgoing: Outgoing, sink: LiveSink, *, task_known: TaskKnown | None = None
 ) -> Ending:
@@ -121,7 +136,12 @@ async def forward(
     """Send and pass on. `keepable` False: what is no message is not kept, so a busy answer is passed on as well."""
     try:
         exchange = await agents.send(
-            outgoing.url, outgoing.body, outgoing.headers, limits=outgoing.limits, last_life=outgoing.last_life
+            outgoing.url,
+            outgoing.body,
+            outgoing.headers,
+            limits=outgoing.limits,
+            last_life=outgoing.last_life,
+            until=outgoing.until,
         )
     except AgentError as error:
         verdict = _classify(error)

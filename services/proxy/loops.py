@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from uuid_utils.compat import uuid7
 
 from services.proxy.copies import Copies
+from services.proxy.copies.bounds import bounds_of
 from services.proxy.decide import is_outlived, said_s
 from services.proxy.metrics import OUTLIVED
 from services.proxy.settings import Settings
@@ -166,7 +167,7 @@ class Catching:
 
 
 class Parting:
-    """Ends live forwards to lives that are over: what has not come by then does not come."""
+    """Ends live forwards to lives that are over: what has not come by then does not come. Bounds those that run."""
 
     def __init__(self, settings: Settings, copies: Copies) -> None:
         self._settings = settings
@@ -175,6 +176,7 @@ class Parting:
 
     async def run_once(self, now: float | None = None) -> float:
         now = time.monotonic() if now is None else now
+        self._bound()
         for workspace_id, death in self._copies.registry.deaths.items():
             workspace = self._copies.registry.find(workspace_id)
             if workspace is None:
@@ -192,6 +194,16 @@ class Parting:
                         incarnation=forward.incarnation,
                     )  # fmt: skip
         return _LOOK_S
+
+    def _bound(self) -> None:
+        """A forward begins with the bounds of its workspace, and takes over what is said of them later."""
+        for workspace_id, forwards in self._copies.uses.live():
+            workspace = self._copies.registry.find(workspace_id)
+            if workspace is None:
+                continue
+            bounds = bounds_of(workspace, self._settings)
+            for forward in forwards:
+                forward.bound(bounds)
 
 
 class Writing:

@@ -25,14 +25,12 @@ from shared.agents import AgentError, Agents, Exchange, Limits
 from shared.facts import EvidenceKind
 from shared.replies import Answer, Outcome, Verdict, classify
 from shared.results import read_result
-from shared.settings import TURN_SLACK_S
+from shared.settings import STOP_HEARD_S, TURN_SLACK_S
 from shared.telemetry import log
 
 CANCEL_TIMEOUT_S = 10.0
 """A cancel that does not return by then is over: there are servers that wait in it for the end of the turn (C-K11)."""
 POLL_TIMEOUT_S = 30.0
-STOP_HEARD_S = 60.0
-"""Who has a session ended says so every 10 s. Once he has been quiet for this long, the longest turn counts again."""
 _UNBOUNDED_S = 1e9
 _NO_SUCH_TASK = -32001
 

@@ -35,6 +35,11 @@ UNENFORCEABLE = Gauge(
     "Sessions over their ceiling whose container nobody can end; every replica tells the same",
 )
 
+KILLS_WAITING = Gauge(
+    "bide_scheduler_kills_waiting",
+    "Stopped sessions past their grace whose kill may not be ordered yet; every replica tells the same",
+)
+
 for reason in ("ceiling_near", "tick_waiting", "critical_waiting", "ceiling", "operator"):
     DIRECTIVES.labels("checkpoint", reason)
 for reason in ("ceiling", "operator"):

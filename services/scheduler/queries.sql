@@ -222,6 +222,9 @@ WHERE s.due_at <= coalesce($1, clock_timestamp())
 ORDER BY s.due_at LIMIT $2
 FOR NO KEY UPDATE SKIP LOCKED
 
+-- name: look_later
+UPDATE sessions SET due_at = $2::timestamptz + make_interval(secs => $3) WHERE session_id = $1 AND ended_at IS NULL
+
 -- name: next_session_in
 SELECT extract(epoch FROM min(due_at) - coalesce($1::timestamptz, clock_timestamp()))::float8 FROM sessions
 WHERE due_at IS NOT NULL
@@ -318,12 +321,17 @@ WHERE s.workspace_id = ANY($1::text[]) AND s.deleted_at IS NULL
 ORDER BY f.fire_at LIMIT 1000
 
 -- name: bouncing_schedules
-SELECT workspace_id, schedule_id, name, bounces, next_fire_at FROM schedules
-WHERE deleted_at IS NULL AND ($1::text[] IS NULL OR workspace_id = ANY($1::text[]))
-ORDER BY workspace_id, bounces DESC, name LIMIT $2
+SELECT s.workspace_id, s.schedule_id, s.name, s.bounces, s.next_fire_at
+FROM unnest($1::text[]) AS asked (workspace_id) CROSS JOIN LATERAL (
+  SELECT workspace_id, schedule_id, name, bounces, next_fire_at FROM schedules
+  WHERE workspace_id = asked.workspace_id AND deleted_at IS NULL
+  ORDER BY bounces DESC, name LIMIT $2) s
+ORDER BY s.workspace_id, s.bounces DESC, s.name
 
 -- name: measure_sessions
-SELECT state, unenforceable, count(*) AS sessions FROM sessions WHERE ended_at IS NULL GROUP BY 1, 2
+SELECT state, unenforceable, count(*) AS sessions,
+  count(*) FILTER (WHERE state = 'stop_sent' AND deadline_at < now()) AS late
+FROM sessions WHERE ended_at IS NULL GROUP BY 1, 2
 
 -- name: forget_sessions
 WITH old AS (

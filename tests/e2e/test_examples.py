@@ -25,7 +25,8 @@ from tests.e2e.conftest import ROOT, Caller, Fleet, Ready
 pytestmark = pytest.mark.timeout(600)  # the first run fetches two SDKs
 
 CALLERS = ROOT / "examples/callers"
-PLAIN = ROOT / "examples/agents/plain.py"
+AGENTS = ROOT / "examples/agents"
+PLAIN = AGENTS / "plain.py"
 BUSY_S = 600.0
 """Until the test says otherwise."""
 
@@ -67,18 +68,19 @@ def need_curl() -> None:
 
 
 def sdk_python(version: str) -> Path:
-    """The Python of an environment with this SDK, made once per lock file. The versions cannot share one."""
-    lock = CALLERS / f"sdk-{version}.lock"
+    """The Python of an environment with this SDK and our runtime, made once per lock file; one per version."""
+    locks = (CALLERS / f"sdk-{version}.lock", AGENTS / "runtime.lock")
     folder = ROOT / ".bide" / f"sdk-{version}"
     python, stamp = folder / "bin/python", folder / "installed"
-    wanted = f"{sys.version} {hashlib.sha256(lock.read_bytes()).hexdigest()}"
+    wanted = f"{sys.version} {hashlib.sha256(b''.join(lock.read_bytes() for lock in locks)).hexdigest()}"
     folder.parent.mkdir(exist_ok=True)
     with folder.with_suffix(".making").open("w") as making:
         fcntl.flock(making, fcntl.LOCK_EX)  # other test processes want it too
         if not stamp.exists() or stamp.read_text() != wanted:
             subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
             pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-qq"]
-            subprocess.run([*pip, "install", "--no-deps", "--require-hashes", "-r", str(lock)], check=True)
+            files = [word for lock in locks for word in ("-r", str(lock))]
+            subprocess.run([*pip, "install", "--no-deps", "--require-hashes", *files], check=True)
             stamp.write_text(wanted)
     return python
 
@@ -115,11 +117,11 @@ class Program:
 
 
 @asynccontextmanager
-async def started(ready: Ready, *command: str) -> AsyncIterator[Program]:
+async def started(ready: Ready, *command: str, **environ: str) -> AsyncIterator[Program]:
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=ROOT,
-        env={**os.environ, "BIDE": ready.proxy, "TOKEN": ready.admin_token, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "BIDE": ready.proxy, "TOKEN": ready.admin_token, "PYTHONUNBUFFERED": "1", **environ},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

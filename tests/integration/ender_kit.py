@@ -175,9 +175,11 @@ class Supervisors:
         )
         await self._write(lambda connection: self.calendar.handlers.registered(connection, [fact]))
 
-    async def ask(self, verb: str, query_id: UUID | None = None, name: str = "w") -> tuple[int, dict[str, Any]]:
+    async def ask(
+        self, verb: str, query_id: UUID | None = None, name: str = "w", **body: object
+    ) -> tuple[int, dict[str, Any]]:
         about = {} if query_id is None else {"query_id": query_id}
-        (answer,) = await self.calendar.ask(query(verb, None, workspace_id=name, **about))
+        (answer,) = await self.calendar.ask(query(verb, None, workspace_id=name, body=body, **about))
         return answer
 
     async def _write(self, work: Callable[[Connection], Coroutine[Any, Any, Tell]]) -> None:

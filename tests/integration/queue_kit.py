@@ -75,7 +75,7 @@ class Door:
         return route(fact, "proxy").queue(self.side.settings.replica_id)
 
     async def register(
-        self, name: str, url: str, *, incarnation: int = 1, maximum: int = 1, paused: bool = False
+        self, name: str, url: str, *, incarnation: int = 1, maximum: int = 1, paused: bool = False, **settings: float
     ) -> None:
         """Say where the agent is, and wait until the queue knows it."""
         await self.publisher.publish(
@@ -86,6 +86,7 @@ class Door:
                 url=url,
                 max_concurrent_tasks=maximum,
                 paused=paused,
+                settings=settings,
             )
         )
 

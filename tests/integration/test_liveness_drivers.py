@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -268,6 +270,17 @@ async def test_a_file_that_cannot_be_read_is_no_death(agents: AgentsFile) -> Non
     await driver.close()
 
 
+async def test_what_is_wrong_in_the_operators_file_is_said_without_its_values(agents: AgentsFile) -> None:
+    agents.add("w1")
+    agents.path.write_text("[agents.w1]\ncommand = ['x']\nTOKEN = 'sk-secret'\n")
+    driver = agents.driver()
+    why = (await look(driver, "w1")).why
+    assert "agents.w1.TOKEN" in why
+    assert "sk-secret" not in why
+    agents.write()
+    await driver.close()
+
+
 async def test_a_command_that_does_not_exist_is_an_error_and_can_be_tried_again(agents: AgentsFile) -> None:
     agents.agents["w1"] = {"command": ["/no/such/thing"]}
     agents.write()
@@ -276,6 +289,42 @@ async def test_a_command_that_does_not_exist_is_an_error_and_can_be_tried_again(
         await driver.restart(Target("w1"), expected=None, fence=1)
     agents.add("w1")
     assert await started(driver, Target("w1"), fence=1)
+    await driver.close()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+async def test_a_folder_that_others_may_write_to_is_not_believed(agents: AgentsFile, mode: int) -> None:
+    """Its default stands in /tmp: a planted w1.json would have any process of ours ended."""
+    agents.add("w1")
+    agents.folder.mkdir()
+    agents.folder.chmod(mode)
+    victim = mark_of(os.getpid())
+    assert victim is not None
+    planted = {"fence": 1, "pid": victim.pid, "start_ticks": victim.start_ticks, "machine": "", "at": 0.0}
+    (agents.folder / "w1.json").write_text(json.dumps(planted))
+    driver = agents.driver()
+    assert (await look(driver, "w1")).seen is Seen.UNKNOWN
+    with pytest.raises(DriverError, match="not ours alone"):
+        await driver.restart(Target("w1"), expected=None, fence=2)
+    with pytest.raises(DriverError, match="not ours alone"):
+        await driver.kill(Target("w1"), expected=None, fence=2)
+    await driver.close()
+    (agents.folder / "w1.json").unlink()
+    agents.folder.chmod(0o700)
+
+
+async def test_output_does_not_grow_from_start_to_start(agents: AgentsFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.liveness.drivers.process._OUTPUT_MAX", 3)
+    agents.add("w1", "print('once', flush=True); import time; time.sleep(60)")
+    driver = agents.driver()
+    runs = await started(driver, Target("w1"))
+    for fence in (2, 3):
+        await until(lambda: _lines(agents, 1))
+        seen = await driver.restart(Target("w1"), expected=runs, fence=fence)
+        assert seen.container_id is not None
+        runs = seen.container_id
+    await until(lambda: _lines(agents, 1))
+    assert [each.read_text() for each in sorted(agents.folder.glob("w1.log*"))] == ["once\n", "once\n"]
     await driver.close()
 
 
@@ -295,6 +344,29 @@ async def test_a_control_plane_gets_the_fence_as_key_and_believes_no_other_secre
     assert (await good.inspect(target)).seen is Seen.UNKNOWN
     for driver in (good, bad):
         await driver.close()
+
+
+async def test_an_answer_that_comes_in_drops_ends_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I8: each byte is in time, and the whole never comes to an end."""
+    monkeypatch.setattr("services.liveness.drivers.webhook._LOOK_S", 0.3)
+
+    async def drips(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    server = await asyncio.start_server(drips, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    driver = WebhookDriver("secret")
+    async with asyncio.timeout(5):
+        seen = await driver.inspect(Target("w1", {"driver": "webhook", "url": f"http://127.0.0.1:{port}/"}))
+    assert (seen.seen, seen.why) == (Seen.UNKNOWN, "its answer does not come to an end")
+    await driver.close()
+    server.close()
 
 
 async def _said(agents: AgentsFile, word: str) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from services.liveness.decide.judge import Reason
 from services.liveness.decide.seen import Observation, Seen
-from services.liveness.drivers import DriverError
+from services.liveness.drivers import CannotRunError, DriverError
 from services.liveness.restart.door import declare_dead
 from services.liveness.store import lock
 from shared.database import Connection, Pool, open_pool, transact
@@ -661,3 +661,82 @@ async def test_after_a_false_alarm_a_real_death_is_found_as_before(one: Replica,
     await one.look()
     await one.restart()
     assert [row["result"] for row in await restart_rows(one.pool, "w1")] == ["recovered", "started"]
+
+
+async def test_a_look_that_a_stall_of_ours_has_made_old_is_judged_as_of_then(
+    one: Replica, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D-S5, D-S23, I7: between the engine's answer and the verdict our loop stood for 60 s, and heard nobody."""
+    await one.up(engine, "w1")
+    engine.says["w1"] = Observation(Seen.STOPPED, engine.running["w1"], why="flake")
+
+    async def late(_: Connection, now: datetime | None = None) -> datetime:
+        return (now or datetime.now(UTC)) + timedelta(seconds=60)
+
+    monkeypatch.setattr("services.liveness.store.clock", late)
+    await one.look()
+    row = await agent_row(one.pool, "w1")
+    assert (row["status"], row["suspicions"]) == ("suspect", 1)
+
+
+async def test_one_that_is_wedged_is_one_row_of_evidence(one: Replica, engine: FakeEngine) -> None:
+    await one.up(engine, "w1")
+    await one.hear(beat("w1", active_tasks=1))
+    now = datetime.now(UTC)
+    for seconds in (300, 310, 320):
+        await one.look(now + timedelta(seconds=seconds))
+    assert (await agent_row(one.pool, "w1"))["status"] == "wedged"
+    assert await one.pool.fetchval("SELECT count(*) FROM evidence WHERE verdict = 'wedged'") == 1
+
+
+async def test_a_workspace_that_is_removed_under_a_kill_stops_no_other_restart(
+    one: Replica, two: Replica, engine: FakeEngine
+) -> None:
+    """D-S13, D-S18: the replica that held the kill is dead, and the order has not run out."""
+    await crashed(one, engine, "w2")
+    await one.up(engine, "w1")
+    await one.hear(kill_order("w1", expires_at=datetime.now(UTC) + timedelta(seconds=600)))
+    engine.before_call = asyncio.Event()
+    await one.restarts.run_once()
+    await engine.called.wait()
+    await one.restarts.stop(0)
+    engine.before_call = None
+    await one.hear(WorkspaceRemoved(workspace_id="w1", rev=9))
+    later = datetime.now(UTC) + timedelta(seconds=one.settings.lease_s + 1)
+    await two.look(later)
+    await two.restart(later)
+    assert engine.calls == [("restart", "w2", 1)]
+    assert [each.result for each in await one.told(KillDone)] == ["already_ended"]
+    assert (await agent_row(one.pool, "w1"))["status"] == "removed"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_one_that_changes_hands_during_its_restart_is_written_down_and_reachable(
+    one: Replica, engine: FakeEngine, *, fails: bool
+) -> None:
+    """A-L-18: it is external by now, nobody looks, and what is down is not sent to."""
+    await crashed(one, engine, "w1")
+    await one.look()
+    engine.before_call = asyncio.Event()
+    if fails:
+        engine.fails = [CannotRunError("it is not in the file")]
+    await one.restarts.run_once()
+    await engine.called.wait()
+    await one.hear(change("w1", rev=2, runtime={}))
+    engine.before_call.set()
+    await one.restarts.settled()
+    assert [row["result"] for row in await restart_rows(one.pool, "w1")] == ["cannot_run" if fails else "started"]
+    row = await agent_row(one.pool, "w1")
+    assert (row["status"], row["next_check_at"]) == ("online", None)
+
+
+async def test_one_that_is_paused_during_its_restart_stays_paused(one: Replica, engine: FakeEngine) -> None:
+    await crashed(one, engine, "w1")
+    await one.look()
+    engine.before_call = asyncio.Event()
+    await one.restarts.run_once()
+    await engine.called.wait()
+    await one.hear(change("w1", rev=2, paused=True))
+    engine.before_call.set()
+    await one.restarts.settled()
+    assert (await agent_row(one.pool, "w1"))["status"] == "paused"

@@ -298,6 +298,13 @@ class TestRestarts:
         assert (row["asked_again"], row["due_at"]) == (3, at(5))
         assert await pool.fetchval(SQL["next_restart_in"], NOW) == pytest.approx(5)
 
+    async def test_an_engine_whose_restarts_wait_keeps_those_of_no_other_waiting(self, pool: Pool) -> None:
+        await saved(pool, life("w1"), life("w2"), life("w3", driver="docker"))
+        first = await opened(pool, "w1", due_at=at(-9))
+        await opened(pool, "w2", due_at=at(-8))
+        other = await opened(pool, "w3", due_at=at(-1))
+        assert [row["restart_id"] for row in await pool.fetch(SQL["due_restarts"], NOW, 1)] == [first, other]
+
     async def test_a_lease_hides_it_from_others_until_it_ends(self, pool: Pool) -> None:
         await saved(pool, life("w1"), life("w2"))
         assert await pool.fetchval(SQL["next_restart_in"], NOW) is None

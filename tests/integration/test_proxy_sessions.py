@@ -318,6 +318,48 @@ async def test_a_cancel_that_is_never_answered_is_left_and_the_stream_goes_on(fr
         assert len((await asyncio.wait_for(call, 15)).events()) == 2
 
 
+@pytest.mark.parametrize(
+    "last_words",
+    [
+        b"HTTP/1.1 503 X\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n",
+        (
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 76\r\n\r\n"
+            b'{"jsonrpc":"2.0","id":1,"error":{"code":-32603,"data":{"code":"preempted"}}}'
+        ),
+        b"",
+    ],
+    ids=["busy", "preempted", "nothing: it was killed"],
+)
+async def test_a_live_forward_that_was_stopped_is_not_kept_and_its_caller_hears_why(
+    front: Proxy, last_words: bytes
+) -> None:
+    """Policies §2: what our own stop or kill ended is not sent again."""
+    name = fresh()
+    async with called({}) as calls:
+        await front.register(name, calls.url)
+        call = asyncio.create_task(front.say(name))
+
+        async def is_live() -> bool:
+            return bool(calls.seen) and bool(front.copies.uses.of(name).own)
+
+        await until(is_live, 15)
+        [(session_id, forward)] = front.copies.uses.of(name).own.items()
+        await front.service.publisher.publish(stop(name, session_id))
+
+        async def is_stopped() -> bool:
+            return forward.stop_reason is not None
+
+        await until(is_stopped, 15)
+        calls.writers[0].write(last_words)
+        await calls.writers[0].drain()
+        calls.writers[0].close()
+        reply = await asyncio.wait_for(call, 15)
+        assert reply.status == 502, reply.body
+        error = reply.json()["error"]
+        assert (error["data"]["code"], error["data"]["class"]) == ("session_stopped", "unknown")
+        assert "told to stop (ceiling)" in error["message"]
+
+
 # ── the gate ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -431,9 +473,11 @@ async def test_what_runs_and_what_bounces_is_shown(stack: Stack, front: Proxy) -
     assert [alone[word] for word in ("session", "sessions", "schedules")] == [None] * 3
     assert alone["sessions_known"] is False
     async with answering(stack, "scheduler", ScheduleQuery) as scheduler:
+        asked: list[list[str]] = []
 
         def sessions(query: ScheduleQuery) -> Said:
             if query.workspace_id == FLEET:
+                asked.append(json.loads(query.body)["workspaces"])
                 return 200, {"workspaces": {name: {"session": SESSION, "schedules": BOUNCED}}}
             return 200, {"session": SESSION, "sessions": [SESSION], "schedules": BOUNCED}
 
@@ -449,6 +493,9 @@ async def test_what_runs_and_what_bounces_is_shown(stack: Stack, front: Proxy) -
         listed = {each["workspace_id"]: each for each in (await front.call("GET", "/workspaces")).json()["items"]}
         assert (listed[name]["session"], listed[name]["schedules"]) == (SESSION, BOUNCED)
         assert (listed[idle]["session"], listed[idle]["sessions"], listed[idle]["sessions_known"]) == (None, [], True)
+        assert asked == [sorted(listed)]
+        await front.call("GET", "/workspaces?limit=1")
+        assert asked[1:] == [sorted(listed)[:1]], "what nobody sees is not asked for"
 
 
 @pytest.mark.parametrize("verb", ["stop", "checkpoint"])

@@ -10,10 +10,11 @@ import pytest
 
 from bide_agent.agent import Agent
 from services.proxy.api.outgoing import delivery_token
-from shared.facts import MessageBusy
-from tests.conftest import Stack
+from shared.facts import MessageBusy, SessionStop
+from tests.conftest import Stack, until
 from tests.integration.proxy_kit import SECRET, Proxy, Reply, empty, fresh, message, proxy, send
 from tests.integration.queue_kit import agent
+from tests.integration.session_kit import puppet, task
 from tests.integration.stand_in_kit import StandIn, item, stand_in
 
 IDLE_S = 1.0
@@ -74,6 +75,41 @@ async def test_a_turn_that_beats_is_cut_at_the_configured_ceiling_and_not_before
         async with beating(front, name, token):
             assert why(await front.say(name, "hangs")) == (504, "total_timeout")
         assert (await front.say(name, "next")).status in {200, 202}, "and nothing of it is left behind"
+
+
+@pytest.mark.parametrize("way", ["patch", "stop"])
+async def test_a_live_forward_is_not_cut_by_the_bound_that_it_began_with(
+    stack: Stack, queue: StandIn, way: str
+) -> None:
+    """C-K9: a raised ceiling reaches what runs, and while a stop is being said only who says it ends the turn."""
+    del queue
+    go_on = asyncio.Event()
+
+    async def answered(_: object) -> dict[str, object]:
+        await go_on.wait()
+        return task("completed")
+
+    async with proxy(stack, forward_max_s=3.0) as front, puppet(send=answered) as slow:
+        await front.ready()
+        await front.register(name := fresh(), slow.url)
+        await front.call("PATCH", f"/workspaces/{name}", {"session_ceiling_s": 0})
+        call = asyncio.create_task(front.say(name, "long"))
+
+        async def is_asked() -> bool:
+            return bool(slow.asked)
+
+        await until(is_asked)
+        if way == "patch":
+            await front.call("PATCH", f"/workspaces/{name}", {"session_ceiling_s": 600})
+        else:
+            [session_id] = front.copies.uses.of(name).own
+            await front.service.publisher.publish(
+                SessionStop(workspace_id=name, rev=1, session_id=session_id, incarnation=1, reason="ceiling")
+            )
+        await asyncio.sleep(3.5)  # beyond the bound it began with
+        assert not call.done()
+        go_on.set()
+        assert (await call).status == 200
 
 
 ENDS = [("failed", "attempts"), ("failed", "ceiling"), ("expired", "ttl"), ("canceled", "canceled")]

@@ -117,7 +117,7 @@ async def test_a_tick_has_the_ceiling_of_its_schedule(days: Calendar, monkeypatc
     monkeypatch.setattr(deliver, "TURN_SLACK_S", 0.0)
     name, schedule = fresh()
     async with agent(name, work_s=LONG) as worker:
-        await days.front.register(name, worker.url)
+        await days.front.register(name, worker.url, checkpoint_grace_s=0.0, stop_grace_s=0.0)
         await days.say(name, schedule, 1, "p")
         await days.front.ended(await days.fire(name, schedule, 0, ceiling_s=0.3))
         assert await days.outcomes(schedule, 1) == {0: ("ceiling", None)}

@@ -413,6 +413,25 @@ async def test_a_snapshot_that_could_not_be_written_is_taken_in_by_the_next_turn
     assert await supervisors.ids() == ["q:1"]
 
 
+@pytest.mark.parametrize(("column", "value"), [("rev", 2**63 - 1), ("ceiling_s", 1e300)], ids=["written", "decided"])
+async def test_a_session_whose_step_cannot_be_taken_holds_up_no_other(
+    supervisors: Supervisors, capfd: pytest.CaptureFixture[str], column: str, value: float
+) -> None:
+    """It is said, and tried again a minute later: by then somebody may have mended it."""
+    await supervisors.until(2)
+    await supervisors.see(backlog(runs("q:1"), runs("q:2")), backlog(runs("r:1"), name="v"))
+    was = await supervisors.pool.fetchval(f"SELECT {column} FROM sessions WHERE session_id = 'q:2'")
+    await supervisors.pool.execute(f"UPDATE sessions SET {column} = $1 WHERE session_id = 'q:2'", value)
+    await supervisors.until(75)
+    assert words(await supervisors.turn()) == ["checkpoint ceiling_near"] * 2
+    assert (await supervisors.row("q:2"))["due_at"] == at(135)
+    assert capfd.readouterr().out.count("session_step_failed") == 1
+    await supervisors.pool.execute(f"UPDATE sessions SET {column} = $1 WHERE session_id = 'q:2'", was)
+    await supervisors.until(135)
+    await supervisors.turn()
+    assert (await supervisors.row("q:2"))["state"] == "checkpoint_sent"
+
+
 async def test_it_sleeps_until_the_next_moment_and_not_longer(supervisors: Supervisors) -> None:
     await supervisors.until(72)
     await supervisors.see(backlog(runs("q:1")))

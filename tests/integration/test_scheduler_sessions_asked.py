@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime
+from typing import Any
 from uuid import uuid4
 
 import pytest
+from prometheus_client import REGISTRY
 from uuid_utils.compat import uuid7
 
 from shared.facts import NamedBacklog, ScheduleTick, SessionDirective
 from tests.conftest import Stack
 from tests.integration.ender_kit import Supervisors, asks_of, at, backlog, of, runs, supervised, words
-from tests.integration.scheduler_kit import settled
+from tests.integration.scheduler_kit import many, settled
 
 SCHEDULE = uuid4()
 LONG = {"session_ceiling_s": 10_000.0, "session_min_s": 600.0}
@@ -264,5 +266,52 @@ async def test_all_that_runs_is_shown_at_once(patient: Supervisors) -> None:
     assert (status, sorted(said["workspaces"])) == (200, ["v", "w"])
     assert [each["session_id"] for each in said["workspaces"]["v"]["sessions"]] == ["r:1", "r:2"], "the oldest first"
     assert said["workspaces"]["v"]["session"]["session_id"] == "r:1"
+    status, said = await patient.ask("sessions", name="-", workspaces=["idle", "v"])
+    assert (status, sorted(said["workspaces"])) == (200, ["idle", "v"]), "only what is named"
+    assert [each["session_id"] for each in said["workspaces"]["v"]["sessions"]] == ["r:1", "r:2"]
     status, said = await patient.ask("sessions", name="idle")
     assert (status, json.dumps(said)) == (200, '{"session": null, "sessions": [], "schedules": []}')
+
+
+async def test_one_workspace_s_schedules_hide_no_other_s(patient: Supervisors) -> None:
+    """C-V2: what bounces is shown also where nothing runs, and no page is filled by one workspace."""
+    await many(patient.pool, 10_100, at(0))  # 101 in each of w0 … w99
+    await patient.pool.execute("UPDATE schedules SET bounces = 7 WHERE name = (SELECT max(name) FROM schedules)")
+    names = [f"w{number}" for number in range(100)]
+    status, said = await patient.ask("sessions", name="-", workspaces=names)
+    assert (status, sorted(said["workspaces"])) == (200, sorted(names))
+    found = [each["schedules"] for each in said["workspaces"].values()]
+    assert {len(each) for each in found} == {100}
+    assert [each[0]["bounces"] for each in found if each[0]["bounces"]] == [7], "the worst first"
+
+
+@pytest.mark.parametrize("body", [{}, {"workspaces": "w"}, {"workspaces": None}, {"workspaces": []}])
+async def test_whoever_names_no_workspace_sees_those_where_something_runs(
+    patient: Supervisors, body: dict[str, Any]
+) -> None:
+    """A proxy of the version before names none."""
+    await patient.until(5)
+    await patient.see(backlog(runs("q:1")))
+    status, said = await patient.ask("sessions", name="-", **body)
+    assert (status, list(said["workspaces"])) == (200, [] if body.get("workspaces") == [] else ["w"])
+
+
+async def test_what_a_kill_waits_for_is_said_and_counted(patient: Supervisors) -> None:
+    """A gate may be held for as long as that: whoever looks learns why, and what ends it."""
+    await patient.allow(session_ceiling_s=100.0)
+    await patient.brought_to("stop_sent")
+    await patient.until(131)
+    await patient.see(backlog(runs("q:1"), runs("q:2", 120)))
+    _, said = await patient.ask("sessions")
+    assert said["session"]["summary"].endswith(
+        "nothing else begins meanwhile; the kill waits for q:2 below its ceiling"
+    )
+    await patient.replicas[0].sessions.measure()
+    assert REGISTRY.get_sample_value("bide_scheduler_kills_waiting") == 1
+    await patient.allow(session_ceiling_s=10_000.0)
+    _, said = await patient.ask("sessions")
+    raised = "its ceiling was raised after it was stopped: an operator's stop ends it"
+    assert said["session"]["summary"].endswith(raised)
+    await patient.ask("stop")
+    _, said = await patient.ask("sessions")
+    assert said["session"]["summary"].endswith("the kill waits for the gate's word of what else is in flight")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bide_agent import Agent, Options, running
-from bide_agent.calls import METHODS, CallError, Dialect, Verb, read
+from bide_agent.calls import METHODS, WITH_SUBSCRIBE, CallError, Dialect, Verb, read
 from bide_agent.client import Reply, request
 
 URI = "urn:bide:queue:1"
@@ -217,7 +217,8 @@ def test_a_request_is_read_strictly(request_: Any, code: int) -> None:
 
 
 def test_every_verb_has_a_method_in_each_dialect() -> None:
-    assert set(METHODS.values()) == {(dialect, verb) for dialect in Dialect for verb in Verb}
+    assert set(WITH_SUBSCRIBE.values()) == {(dialect, verb) for dialect in Dialect for verb in Verb}
+    assert {verb for _, verb in WITH_SUBSCRIBE.values()} - {verb for _, verb in METHODS.values()} == {Verb.SUBSCRIBE}
 
 
 def test_parts_of_every_make_are_read() -> None:

@@ -339,8 +339,13 @@ async def test_odd_members_of_a_directive_make_nobody_fall_over(agent: Agent) ->
 
 
 @pytest.fixture
-def directives() -> Directives:
-    return Directives(State(Options(workspace="w1"), url="http://a"))
+def state() -> State:
+    return State(Options(workspace="w1"), url="http://a")
+
+
+@pytest.fixture
+def directives(state: State) -> Directives:
+    return Directives(state)
 
 
 def test_a_beat_acknowledges_as_many_as_bide_reads_and_the_next_one_the_rest(directives: Directives) -> None:
@@ -351,10 +356,10 @@ def test_a_beat_acknowledges_as_many_as_bide_reads_and_the_next_one_the_rest(dir
     assert (len(first), directives.unsaid()) == (ACKNOWLEDGED_MAX, {str(ACKNOWLEDGED_MAX): Result.ENDED})
 
 
-def test_a_word_that_changed_while_its_beat_was_under_way_is_said_again(directives: Directives) -> None:
+def test_a_word_that_changed_while_its_beat_was_under_way_is_said_again(directives: Directives, state: State) -> None:
     directives.hear({"id": "d", "kind": "stop", "session_id": "s"})
     under_way = directives.unsaid()
-    with directives._state.turns.begin(session_id="s"):
+    with state.turns.begin(session_id="s"):
         directives.hear({"id": "d", "kind": "stop", "session_id": "s"})
     directives.said(under_way)
     assert directives.unsaid() == {"d": Result.STOPPING}

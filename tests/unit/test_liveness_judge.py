@@ -223,6 +223,25 @@ def test_any_beat_recovers_what_was_believed_lost(status: Status) -> None:
     assert up.status is Status.ONLINE
 
 
+def test_a_proxy_whose_clock_is_ahead_makes_nobody_elses_beats_late() -> None:
+    """D-S24, I7: its agent goes on by another proxy, and is heard."""
+    ahead = beat(life(), heartbeat(int((NOW + timedelta(seconds=60)).timestamp() * 1e6)), NOW)
+    assert ahead is not None
+    later = NOW + timedelta(seconds=5)
+    after = beat(ahead, heartbeat(int(later.timestamp() * 1e6)), later)
+    assert after is not None
+    assert after.heard_at == later
+
+
+@pytest.mark.parametrize("status", [Status.OFFLINE, Status.RESTARTING, Status.GAVE_UP, Status.SUSPECT])
+def test_one_that_becomes_external_is_believed_alive(status: Status) -> None:
+    """A-L-18: nobody looks at it any more, so what is down would stay so, and nothing would be sent to it."""
+    fact = WorkspaceRegistered(workspace_id="w1", rev=9, incarnation=3, url="http://a/")
+    after = registered(life(status=status, boot_until=NOW), fact, driver=None, now=NOW, by_agent=False)
+    assert after is not None
+    assert (after.status, after.boot_until, after.next_check_at) == (Status.ONLINE, None, None)
+
+
 def test_what_was_removed_comes_back_by_no_fact() -> None:
     """A-L-08, D-S18."""
     removed = gone(life(), "w1", 9)

@@ -24,6 +24,7 @@ from services.proxy.api.questions import Questions
 from services.proxy.api.tasks import Tasks
 from services.proxy.api.wire import Request
 from services.proxy.copies import Backlogs, Copies
+from services.proxy.copies.bounds import Bounds
 from services.proxy.copies.uses import LiveForward
 from services.proxy.decide import Arrival, Forward, Keep, Reason, Workspace, route
 from services.proxy.handlers import Handlers
@@ -34,6 +35,7 @@ from shared.agents import Agents, Unanswered
 from shared.broker import Publisher
 from shared.facts import FLEET, BacklogSnapshot, Fact, NamedBacklog, ProxyBeat, SessionStop, WorkspaceBacklog
 from shared.outcomes import Fault
+from shared.settings import STOP_HEARD_S, TURN_SLACK_S
 
 T0 = float(int(time.time()))
 
@@ -270,6 +272,31 @@ async def test_a_stop_asks_as_soon_as_the_task_is_known(side: Side) -> None:
     assert not uses.to_cancel
     uses.name_task(forward, "t")
     assert (uses.to_cancel, len(woken)) == ([forward], 1)
+
+
+def test_a_forward_takes_over_another_ceiling_as_a_delivery_does() -> None:
+    forward = live(bounds=Bounds(100.0, 30.0))
+    assert forward.until == forward.begun + 100
+    forward.begun -= 50  # it has run for that long
+    forward.bound(Bounds(100.0, 30.0))
+    assert forward.until == forward.begun + 150, "nothing was changed"
+    forward.bound(Bounds(1000.0, 30.0))
+    assert forward.until == forward.begun + 1000
+    forward.bound(Bounds(70.0, 30.0))
+    left_s = forward.until - time.monotonic()
+    assert left_s == pytest.approx(30 + TURN_SLACK_S, abs=1), "the time in which a session is ended"
+
+
+async def test_no_bound_counts_while_a_stop_is_repeated(side: Side) -> None:
+    forward = live(bounds=Bounds(1.0, 30.0))
+    side.copies.uses.begin(forward)
+    for _ in range(2):
+        forward.until = 0.0
+        await side.handlers.stops([stop()])
+        assert forward.until == pytest.approx(time.monotonic() + STOP_HEARD_S, abs=1)
+    forward.until = later = time.monotonic() + 1e6
+    await side.handlers.stops([stop()])
+    assert forward.until == later, "a stop makes no turn shorter"
 
 
 async def test_a_forward_that_was_not_stopped_is_not_canceled(side: Side) -> None:

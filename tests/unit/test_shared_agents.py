@@ -637,6 +637,19 @@ async def test_no_sign_of_life_outlasts_the_total_limit() -> None:
         assert 0.29 <= time.monotonic() - begun < 2
 
 
+@pytest.mark.parametrize("moved_s", [0.5, -20.0], ids=["later", "sooner"])
+@both_loops
+async def test_a_bound_that_moves_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch, moved_s: float) -> None:
+    monkeypatch.setattr("shared.connection._LOOK_AGAIN_S", 0.05)
+    async with agent(silence) as url, client() as agents:
+        begun = time.monotonic()
+        until = [begun + (0.3 if moved_s > 0 else 20.5)]
+        asyncio.get_running_loop().call_later(0.1, lambda: until.append(until[0] + moved_s))
+        limits = Limits(total_timeout_s=0.1)
+        assert await unanswered(agents, url, limits=limits, until=lambda: until[-1]) is Fault.TOTAL_TIMEOUT
+        assert until[-1] - 0.01 <= time.monotonic() < until[-1] + 2
+
+
 # ── a head came, the body not ────────────────────────────────────────────────────────────────────────────────────────
 
 LONG = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf"

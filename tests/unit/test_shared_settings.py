@@ -44,6 +44,16 @@ def test_names_of_others_are_left_to_them(name: str) -> None:
     load("queue", Settings, {**MINIMAL, name: "1"})
 
 
+@pytest.mark.parametrize(("ceiling_s", "taken"), [("0", True), ("2592000", True), ("2592001", False), ("inf", False)])
+def test_a_ceiling_is_at_most_thirty_days(ceiling_s: str, *, taken: bool) -> None:
+    environ = {**MINIMAL, "BIDE_SESSION_CEILING_S": ceiling_s}
+    if taken:
+        assert load("queue", Settings, environ).session_ceiling_s == float(ceiling_s)
+        return
+    with pytest.raises(SettingsError, match="BIDE_SESSION_CEILING_S"):
+        load("queue", Settings, environ)
+
+
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(SettingsError) as caught:
         load("queue", Settings, {"BIDE_AMQP_URL": "amqp://h/", "BIDE_QUEUE_LEASE_S": "0", "BIDE_X": "1"})

@@ -130,6 +130,9 @@ def registered(
         after = believed(after, Status.PAUSED, "it was paused by its owner or an operator")
     elif after.status is Status.PAUSED:
         after = believed(after, Status.ONLINE, "")
+    elif driver is None:
+        # Nobody can look any more, and what is down would never be sent to again.
+        after = believed(unsuspected(after), Status.ONLINE, "")
     return replace(after, next_check_at=now if driver is not None else None)
 
 
@@ -196,7 +199,8 @@ def beat(life: Life, fact: WorkspaceHeartbeat, now: datetime) -> Life | None:
     moved = fact.progress is not None and fact.progress != life.progress
     after = replace(
         heard(life, now),
-        beat_rev=fact.rev,
+        # At most as new as our clock: by a proxy's that is ahead, those of all others would be late (D-S24).
+        beat_rev=min(fact.rev, int(now.timestamp() * 1e6)),
         beat_at=now,
         cadence_s=fact.cadence_s,
         beats=gaps.beats,

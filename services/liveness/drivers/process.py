@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import time
 import tomllib
@@ -35,6 +36,8 @@ _PASSED_ON = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR
 _LOCK_WAIT_S = 5.0
 _LOCK_LOOK_S = 0.05
 _THREADS = 16
+_OUTPUT_MAX = 16 << 20
+"""Bytes of output that a start goes on with; above that it is put aside, and what was aside is dropped."""
 T = TypeVar("T")
 
 
@@ -186,7 +189,10 @@ class ProcessDriver:
     def _spawn(self, workspace_id: str, agent: Agent, fence: int) -> _Started:
         passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         env = passed_on | agent.env | {MARK: f"{self._mark_of(workspace_id)}{fence}"}
-        with (self._folder / f"{workspace_id}.log").open("ab") as output:
+        log = self._folder / f"{workspace_id}.log"
+        if log.exists() and log.stat().st_size > _OUTPUT_MAX:
+            log.replace(self._folder / f"{workspace_id}.log.1")
+        with log.open("ab") as output:
             child = subprocess.Popen(  # noqa: S603 - the operator's own command line, and no shell reads it
                 agent.command,
                 env=env,
@@ -218,11 +224,16 @@ class ProcessDriver:
             return Agents.model_validate(written).agents.get(workspace_id)
         except FileNotFoundError:
             return None
-        except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise DriverError(f"{self._agents_file} cannot be used: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]  # its place and no value: an `env` holds secrets, and this goes into the history
+            place = ".".join(str(each) for each in first["loc"])
+            raise DriverError(f"{self._agents_file} cannot be used: {place}: {first['msg']}") from error
 
     def _last_start(self, workspace_id: str) -> _Started | None:
         """The last start; found by its mark where whoever started it died before it could write that down."""
+        self._check_folder()
         try:
             said = json.loads((self._folder / f"{workspace_id}.json").read_text(encoding="utf-8"))
             started = _Started(**said)
@@ -234,6 +245,14 @@ class ProcessDriver:
             return started
         found = max(self._roots(workspace_id), key=lambda each: each.fence, default=None)
         return found if found is not None and (started is None or found.fence > started.fence) else started
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that others may write to: what stands in it is signalled, and its files are written to."""
+        with contextlib.suppress(FileNotFoundError):
+            path, folder = self._folder.lstat(), self._folder.stat()
+            owners = {path.st_uid, folder.st_uid}
+            if not owners <= {0, os.geteuid()} or folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise DriverError(f"{self._folder} is not ours alone to write to: chown it, chmod 700")
 
     def _remember(self, workspace_id: str, started: _Started) -> None:
         new = self._folder / f"{workspace_id}.json.new"
@@ -247,9 +266,9 @@ class ProcessDriver:
         """Session leaders that carry this workspace's mark: starts of ours."""
         for pid, fence in _marked(self._mark_of(workspace_id)):
             with contextlib.suppress(OSError):
-                stat = read_stat(pid)
-                if stat.session == pid and stat.state not in "ZX":
-                    yield _Started(fence, pid, stat.start_ticks, _machine(), _moment(stat.start_ticks))
+                said = read_stat(pid)
+                if said.session == pid and said.state not in "ZX":
+                    yield _Started(fence, pid, said.start_ticks, _machine(), _moment(said.start_ticks))
 
     def _left_by(self, workspace_id: str) -> Sequence[Mark]:
         """Everything that an agent of this workspace started and that still runs."""
@@ -259,6 +278,7 @@ class ProcessDriver:
     @contextlib.contextmanager
     def _locked(self, workspace_id: str) -> Iterator[None]:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check_folder()
         deadline = time.monotonic() + _LOCK_WAIT_S
         with (self._folder / f"{workspace_id}.lock").open("a") as held:
             while True:
@@ -302,12 +322,12 @@ class ProcessDriver:
 def _observe(started: _Started) -> Observation:
     at = datetime.fromtimestamp(started.at, UTC)
     try:
-        stat = read_stat(started.pid)
+        said = read_stat(started.pid)
     except OSError:
-        stat = None
-    if stat is None or stat.start_ticks != started.start_ticks or stat.state in "ZX":
+        said = None
+    if said is None or said.start_ticks != started.start_ticks or said.state in "ZX":
         return Observation(Seen.STOPPED, started.container_id, at, "the process has ended")
-    if stat.state in "Tt":
+    if said.state in "Tt":
         return Observation(Seen.TRANSITION, started.container_id, at, "the process is paused")
     return Observation(Seen.RUNNING, started.container_id, at, "the process runs")
 

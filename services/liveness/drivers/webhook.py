@@ -28,6 +28,7 @@ from services.liveness.drivers import CannotRunError, DriverError, Exit, FencedE
 _LOOK_S = 5.0
 _CALL_S = 50.0
 _ANSWER_MAX = 1 << 20
+_PART = 1 << 16
 _THREADS = 16
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -127,15 +128,20 @@ class WebhookDriver:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise DriverError("`runtime` has no usable `url`")
+        deadline = time.monotonic() + limit_s  # the timeout is only that of each byte
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname, parts.port, timeout=limit_s)
         try:
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("POST", path, body, self._headers(body, key))
             answer = connection.getresponse()
-            said = answer.read(_ANSWER_MAX + 1)
-            if len(said) > _ANSWER_MAX:
-                raise DriverError("its answer is too long")
+            said = b""
+            while part := answer.read1(_PART):
+                said += part
+                if len(said) > _ANSWER_MAX:
+                    raise DriverError("its answer is too long")
+                if time.monotonic() > deadline:
+                    raise DriverError("its answer does not come to an end")
             return answer.status, said
         finally:
             connection.close()

@@ -87,6 +87,7 @@ class Restarts:
 
     async def _claim(self, connection: Connection, *, now: datetime | None) -> list[_Job]:
         await connection.execute(SQL["hold_fleet"])
+        begun = time.monotonic()  # before the moment that leases and orders are reckoned from: never too long
         moment = await store.clock(connection, now)
         room = await self._room(connection, moment)
         jobs = []
@@ -95,7 +96,7 @@ class Restarts:
             assert row is not None, "it is held"
             restart = store.restart_of(row)
             life = (await store.lock(connection, [restart.workspace_id]))[restart.workspace_id]
-            if (job := await self._begin(connection, restart, life, moment, room)) is not None:
+            if (job := await self._begin(connection, restart, life, moment, begun=begun, room=room)) is not None:
                 jobs.append(job)
         return jobs
 
@@ -104,8 +105,9 @@ class Restarts:
         return {row["driver"]: budget.fleet_max(row["agents"]) - row["in_flight"] for row in rows}
 
     async def _begin(
-        self, connection: Connection, restart: Restart, life: Life, moment: datetime, room: dict[str, int]
-    ) -> _Job | None:
+        self, connection: Connection, restart: Restart, life: Life, moment: datetime, *, begun: float,
+        room: dict[str, int],
+    ) -> _Job | None:  # fmt: skip
         live = await self._live_orders(connection, restart, moment)
         observes = self._settings.mode == "observe"
         if (result := _why_not(restart, life, has_orders=bool(live), observes=observes)) is not None:
@@ -124,9 +126,8 @@ class Restarts:
         words = f"it is being restarted: {restart.reason}"
         down = believed(life, Status.RESTARTING, words)
         await store.save(connection, {life.workspace_id: life}, [down], moment)
-        started = time.monotonic()
         left_s = min(((row - moment).total_seconds() for row in live), default=0.0)
-        return _Job(restart, down, started + self._settings.lease_s, started + left_s)
+        return _Job(restart, down, begun + self._settings.lease_s, begun + left_s)
 
     async def _live_orders(self, connection: Connection, restart: Restart, moment: datetime) -> list[datetime]:
         """When the orders expire that this kill may still answer; those that have are closed."""
@@ -163,7 +164,7 @@ class Restarts:
 
     async def _kill(self, driver: Driver, target: Target, job: _Job) -> Killed:
         expected = job.restart.container_id
-        async with asyncio.timeout(self._settings.call_s):
+        async with asyncio.timeout(self._patience_s(job)):
             if expected is None:
                 expected = (await driver.inspect(target)).container_id
             if time.monotonic() >= min(job.until, job.kill_until):
@@ -173,8 +174,12 @@ class Restarts:
     async def _start(self, driver: Driver, target: Target, job: _Job) -> Observation:
         if time.monotonic() >= job.until:
             raise DriverError("the lease ended before the driver was called")
-        async with asyncio.timeout(self._settings.call_s):
+        async with asyncio.timeout(self._patience_s(job)):
             return await driver.restart(target, expected=job.restart.container_id, fence=job.restart.fence)
+
+    def _patience_s(self, job: _Job) -> float:
+        """A call never outlives the lease: then another replica makes it."""
+        return min(self._settings.call_s, job.until - time.monotonic())
 
     # ── transaction 2 ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -190,7 +195,8 @@ class Restarts:
             if of_it:
                 await door.answer(connection, row["order_id"], results[killed], moment)
         log.warning("killed", workspace_id=life.workspace_id, result=killed.value, fence=job.restart.fence)
-        stays_down = life.desired == "stopped" or life.paused or life.cordoned or life.removed
+        unwanted = life.desired == "stopped" or life.paused or life.cordoned or life.removed
+        stays_down = unwanted or life.driver != job.restart.driver
         if killed is not Killed.REPLACED and not stays_down:
             return True
         result = "replaced" if killed is Killed.REPLACED else "killed"
@@ -217,6 +223,10 @@ class Restarts:
         for row in await connection.fetch(SQL["open_orders"], life.workspace_id):
             if row["incarnation"] <= job.restart.incarnation:
                 await door.answer(connection, row["order_id"], "already_ended", moment)
+        if life.removed or life.driver != job.restart.driver:
+            # Removed or given to another driver during the call: what was started is not what is looked at now.
+            await self._release(connection, life, moment, down=False)
+            return
         after = replace(
             life,
             known=True,
@@ -227,13 +237,14 @@ class Restarts:
             suspected_at=None,
             suspected_last_at=None,
             suspicions=0,
-            next_check_at=None if life.removed else moment + timedelta(seconds=self._settings.sweep_s),
+            next_check_at=moment + timedelta(seconds=self._settings.sweep_s),
         )
-        if life.incarnation == job.restart.incarnation and not life.removed:
+        if life.incarnation == job.restart.incarnation:
             boot_until = moment + timedelta(seconds=self._settings.boot_s)
             # What was heard before this start was the one that is gone: it must not vouch for the new one.
             after = replace(after, boot_until=boot_until, unheard=life.unheard + 1, heard_at=None)
-            after = believed(after, Status.RESTARTING, "it was started and has not been heard yet")
+            if not life.paused:
+                after = believed(after, Status.RESTARTING, "it was started and has not been heard yet")
         await store.save(connection, {life.workspace_id: life}, [after], moment)
         fence = job.restart.fence
         log.warning("restarted", workspace_id=life.workspace_id, container_id=seen.container_id, fence=fence)
@@ -246,7 +257,7 @@ class Restarts:
             if not await door.end(connection, job.restart.restart_id, result, moment, error=error, owner=owner):
                 return
             await door.settle_orders(connection, life, moment)
-            if result == "cannot_run":
+            if result == "cannot_run" and life.status in {Status.OFFLINE, Status.RESTARTING}:
                 after = believed(life, Status.GAVE_UP, error)
                 await store.save(connection, {life.workspace_id: life}, [after], moment)
             else:
@@ -281,7 +292,9 @@ def _why_not(restart: Restart, life: Life, *, has_orders: bool, observes: bool) 
     """Why a restart is not begun after all; None: it is."""
     if life.incarnation > restart.incarnation and life.status not in {Status.OFFLINE, Status.RESTARTING}:
         return "recovered"
+    if life.removed:
+        return "withdrawn"
     if restart.phase == "kill":
         return None if has_orders and life.driver == restart.driver and not observes else "withdrawn"
-    unwanted = life.removed or life.paused or life.cordoned or life.desired == "stopped"
+    unwanted = life.paused or life.cordoned or life.desired == "stopped"
     return "withdrawn" if unwanted or observes or life.driver != restart.driver else None

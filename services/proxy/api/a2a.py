@@ -25,6 +25,7 @@ from services.proxy.api.situation import Situation
 from services.proxy.api.tasks import Tasks
 from services.proxy.api.wire import Refused, Request, own_id
 from services.proxy.copies import Copies
+from services.proxy.copies.bounds import bounds_of
 from services.proxy.copies.flights import Flight
 from services.proxy.copies.uses import LiveForward
 from services.proxy.decide import (
@@ -41,7 +42,7 @@ from services.proxy.decide import (
     admit,
     route,
 )
-from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, forward_within
+from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, as_stopped, forward_within
 from services.proxy.metrics import ATTACHED, FORWARDED, FORWARDS_RUNNING, STALE_COPY
 from services.proxy.settings import Settings
 from shared.a2a import Envelope, Verb
@@ -205,7 +206,7 @@ class A2A:
                 return ending
 
     async def _forward(self, request: Request, message: Message, workspace: Workspace) -> Ending:
-        bound = asyncio.timeout(None)
+        hang_up = asyncio.timeout(None)
         live = LiveForward(
             message.workspace_id,
             message.queue_word,  # as the agent gets it: X-Bide-Session
@@ -214,10 +215,11 @@ class A2A:
             method=message.envelope.method,
             task_id=_agents_task(message),
             incarnation=workspace.incarnation,
-            bound=bound,
+            hang_up=hang_up,
+            bounds=bounds_of(workspace, self._settings),
         )
         outgoing = self._addresser.outgoing(
-            request, workspace, message.body, hops=message.hops, queue_id=message.queue_word
+            request, workspace, message.body, hops=message.hops, queue_id=message.queue_word, until=lambda: live.until
         )
         sink = CallerSink(request.send, self._settings.caller_stall_s)
         counted = "unknown"
@@ -226,7 +228,7 @@ class A2A:
         self._changed(message.workspace_id)
         try:
             named = self._named(message, live)
-            ending = await forward_within(bound, self._agents, outgoing, sink, task_known=named)
+            ending = await forward_within(hang_up, self._agents, outgoing, sink, task_known=named)
             counted = _COUNTED.get(ending.verdict.outcome, "answered")
         finally:
             FORWARDS_RUNNING.dec()
@@ -235,7 +237,7 @@ class A2A:
         FORWARDED[ending.verdict.outcome].inc()
         if ending.verdict.evidence is not None:
             self._evidence.tell(workspace, ending.verdict.evidence)
-        return ending
+        return as_stopped(ending, live.stop_reason)
 
     def _named(self, message: Message, live: LiveForward) -> TaskKnown:
         """A Task that the agent begins for this message is its caller's. One that the message named is whose it was."""

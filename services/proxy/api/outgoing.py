@@ -12,11 +12,11 @@ from functools import lru_cache
 
 from services.proxy.api.wire import Request
 from services.proxy.copies import Copies
-from services.proxy.decide import Workspace, said_s
+from services.proxy.copies.bounds import bounds_of
+from services.proxy.decide import Workspace
 from services.proxy.forward import Outgoing
 from services.proxy.settings import Settings
-from shared.agents import Limits
-from shared.settings import TURN_SLACK_S
+from shared.agents import Limits, Until
 
 _PASSED_ON = (b"accept", b"a2a-version", b"a2a-extensions", b"x-a2a-extensions", b"traceparent", b"tracestate")
 
@@ -35,7 +35,14 @@ class Addresser:
         self._copies = copies
 
     def outgoing(
-        self, request: Request, workspace: Workspace, body: bytes, *, hops: int, queue_id: str | None
+        self,
+        request: Request,
+        workspace: Workspace,
+        body: bytes,
+        *,
+        hops: int,
+        queue_id: str | None,
+        until: Until | None = None,
     ) -> Outgoing:
         """A request to the workspace's agent. `queue_id` is what it dedupes a message by; None: it is no message."""
         headers = [(b"content-type", request.headers.get(b"content-type", b"application/json"))]
@@ -49,7 +56,7 @@ class Addresser:
         if authorization is not None:
             headers.append((b"authorization", authorization.encode()))
         use = self._copies.uses.of(workspace.workspace_id)
-        return Outgoing(workspace.url, body, headers, self._limits(workspace), lambda: use.heard_at)
+        return Outgoing(workspace.url, body, headers, self._limits(workspace), lambda: use.heard_at, until)
 
     def authorization(self, workspace: Workspace) -> str | None:
         """What this agent knows us by; None: nobody has given us anything."""
@@ -62,14 +69,8 @@ class Addresser:
 
     def _limits(self, workspace: Workspace) -> Limits:
         settings = self._settings
-        ceiling_s = said_s(workspace, "session_ceiling_s", settings.session_ceiling_s)
-        grace_s = said_s(workspace, "checkpoint_grace_s", settings.checkpoint_grace_s)
-        grace_s += said_s(workspace, "stop_grace_s", settings.stop_grace_s)
-        return _limits(
-            settings.connect_timeout_s,
-            settings.forward_idle_s,
-            ceiling_s + grace_s + TURN_SLACK_S if ceiling_s else settings.forward_max_s,
-        )
+        longest_s = bounds_of(workspace, settings).longest_s
+        return _limits(settings.connect_timeout_s, settings.forward_idle_s, longest_s)
 
 
 @lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ scheduler's to see to. Who only looks does not wait for a scheduler that is away
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -71,9 +71,9 @@ class Sessions:
         said = await self._look(workspace_id)
         return _shown(said) if said is not None else NOT_KNOWN
 
-    async def of_all(self) -> Mapping[str, Shown] | None:
-        """The same of every workspace that has something to show; None: the scheduler does not say."""
-        said = await self._look(FLEET)
+    async def of_all(self, workspace_ids: Sequence[str]) -> Mapping[str, Shown] | None:
+        """The same of each of these; None: the scheduler does not say."""
+        said = await self._look(FLEET, json.dumps({"workspaces": workspace_ids}).encode())
         named = said.get("workspaces") if said is not None else None
         if not isinstance(named, dict):
             return None
@@ -89,8 +89,8 @@ class Sessions:
         found = await self._ask(workspace_id, verb, caller.caller_id, self._settings.query_timeout_s, body)
         return passed(found if found is not None else AWAY)
 
-    async def _look(self, workspace_id: str) -> dict[str, Any] | None:
-        found = await self._ask(workspace_id, "sessions", _LOOKER, self._settings.sessions_wait_s)
+    async def _look(self, workspace_id: str, body: bytes = b"{}") -> dict[str, Any] | None:
+        found = await self._ask(workspace_id, "sessions", _LOOKER, self._settings.sessions_wait_s, body)
         return found.read() if found is not None and found.status == 200 else None  # noqa: PLR2004
 
     async def _ask(self, workspace_id: str, verb: Verb, by: str, timeout_s: float, body: bytes = b"{}") -> Found | None:

@@ -66,7 +66,7 @@ class Workspaces:
         rows = [row for row in self._copies.registry.all() if row.workspace_id > after and not row.removed]
         page = rows[:limit]
         more = len(rows) > limit
-        named = await self._sessions.of_all() if page else {}
+        named = await self._sessions.of_all([row.workspace_id for row in page]) if page else {}
         return answer(
             200,
             {

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from services.proxy.copies.backlogs import View
+from services.proxy.copies.bounds import Bounds
 from shared.capacity import FORWARDS_FRESH_S, Beat, counts_as_ended, in_use
 from shared.facts import FLEET, Ended, ProxyBeat, Running, WorkspaceHeartbeat
+from shared.settings import STOP_HEARD_S, TURN_SLACK_S
 
 ENDED_KEEP_S = 60.0
 _PEER_KEEP_S = 4 * FORWARDS_FRESH_S
@@ -48,8 +50,32 @@ class LiveForward:
     """Its agent was asked to cancel it, or is being asked."""
     incarnation: int = 0
     """The life of the agent that it went to."""
-    bound: asyncio.Timeout | None = None
-    """Ends it."""
+    hang_up: asyncio.Timeout | None = None
+    """Ends it at once."""
+    bounds: Bounds | None = None
+    """What bounds it; None: nothing."""
+    begun: float = field(default_factory=time.monotonic)
+    until: float = float("inf")
+    """When it is let go, in `time.monotonic()` seconds."""
+
+    def __post_init__(self) -> None:
+        if self.bounds is not None:
+            self.until = self.begun + self.bounds.longest_s
+
+    def bound(self, bounds: Bounds) -> None:
+        """Take over its ceiling as it is now; a lowered one leaves the time in which a session is ended (C-K9)."""
+        if bounds == self.bounds:
+            return
+        self.bounds = bounds
+        self.until = max(self.begun + bounds.longest_s, time.monotonic() + bounds.grace_s + TURN_SLACK_S)
+
+    def hear_stop(self, reason: str) -> None:
+        """It is said to end, perhaps again.
+
+        While it is being said the longest turn does not count: what ends the session knows better (policies §2).
+        """
+        self.stop_reason = self.stop_reason or reason
+        self.until = max(self.until, time.monotonic() + STOP_HEARD_S)
 
 
 @dataclass(slots=True)
@@ -248,7 +274,7 @@ class Uses:
         if forward is None:
             return None
         first = forward.stop_reason is None
-        forward.stop_reason = forward.stop_reason or reason
+        forward.hear_stop(reason)
         self._cancel(forward)
         return forward if first else None
 
@@ -267,10 +293,15 @@ class Uses:
 
     def hang_up(self, forward: LiveForward) -> bool:
         """Let go of its agent. False: that was done before, or it is just ending."""
-        if forward.bound is None or forward.bound.expired():
+        if forward.hang_up is None or forward.hang_up.expired():
             return False
-        forward.bound.reschedule(asyncio.get_running_loop().time())
+        forward.hang_up.reschedule(asyncio.get_running_loop().time())
         return True
+
+    def live(self) -> list[tuple[str, list[LiveForward]]]:
+        """All that run here, by workspace."""
+        names = self.lively.keys() | self.changed
+        return [(name, list(own.values())) for name in names if (own := self._uses[name].own)]
 
     def is_live(self, forward: LiveForward) -> bool:
         return self.of(forward.workspace_id).own.get(forward.session_id) is forward

@@ -27,7 +27,7 @@ from services.scheduler.decide.fires import (
     timing,
     upcoming,
 )
-from services.scheduler.decide.kills import Began, Closing, Flight, may_kill
+from services.scheduler.decide.kills import Began, Closing, Flight, Held, Hold, held_by
 from services.scheduler.decide.says import Directive, Gate, Kill, Say, Stop, StopToo
 from services.scheduler.decide.seen import Activity, News, Seen, compare, foreign
 from services.scheduler.decide.sessions import (
@@ -41,6 +41,7 @@ from services.scheduler.decide.sessions import (
     ceiling_at,
     has_order,
     is_over,
+    kill_held,
     kill_refused,
     next_step,
     revised,
@@ -50,9 +51,9 @@ from services.scheduler.decide.sessions import (
 
 __all__ = [
     "CATCH_UP", "MOMENTS_MAX", "OUTCOMES", "WINDOW_MAX_S", "WINDOW_MIN_S", "Activity", "Ask", "Began", "Closing",
-    "Directive", "Due", "Flight", "Gate", "Kill", "News", "Outcome", "Pace", "Rule", "Rules", "Say", "Schedule", "Seen",
-    "Session", "Several", "State", "Step", "Stop", "StopToo", "Waiting", "ask_by_hand", "bounced", "bounded",
-    "ceiling_at", "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back", "has_order", "is_over",
-    "kill_refused", "may_kill", "next_step", "offset", "overdue", "ran_at", "revised", "step", "stop", "timing",
-    "upcoming",
+    "Directive", "Due", "Flight", "Gate", "Held", "Hold", "Kill", "News", "Outcome", "Pace", "Rule", "Rules", "Say",
+    "Schedule", "Seen", "Session", "Several", "State", "Step", "Stop", "StopToo", "Waiting", "ask_by_hand", "bounced",
+    "bounded", "ceiling_at", "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back", "has_order",
+    "held_by", "is_over", "kill_held", "kill_refused", "next_step", "offset", "overdue", "ran_at", "revised", "step",
+    "stop", "timing", "upcoming",
 ]  # fmt: skip

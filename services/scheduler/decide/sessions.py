@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Literal
 from uuid import UUID
 
-from services.scheduler.decide.kills import Closing, Flight, may_kill
+from services.scheduler.decide.kills import Closing, Flight, Held, held_by
 from services.scheduler.decide.says import Directive, Gate, Kill, Reason, Say, Stop, StopReason, StopToo
 
 NEAR = 0.75
@@ -270,13 +270,10 @@ def _stop_sent(session: Session, rules: Rules, now: datetime, siblings: Sequence
     assert deadline_at is not None, "the state has one"
     if now < deadline_at:
         return _say_stop_again(session, now, pace)
-    flights = _flights(session, siblings, rules, now)
-    closing = session.closing
-    if closing is None or not may_kill(
-        session.session_id, closing, flights, rules.ceiling_s, now,
-        noted_at=session.noted_at, graced_until=deadline_at, fresh_s=pace.fresh_s,
-    ):  # fmt: skip
+    if kill_held(session, rules, now, siblings=siblings, pace=pace) is not None:
         return _say_stop_again(session, now, pace)
+    closing = session.closing
+    assert closing is not None, "nothing is killed without its word"
     ordered = replace(session, state=State.KILL_ORDERED, deadline_at=closing.until, orders=session.orders + 1)
     again = _say_stop_again(ordered, now, pace)
     others = _not_stopped(session, closing, siblings)
@@ -295,9 +292,26 @@ def _kill_ordered(session: Session, rules: Rules, now: datetime, siblings: Seque
     return _say_stop_again(session, now, pace)
 
 
+def kill_held(
+    session: Session, rules: Rules, now: datetime, *, siblings: Sequence[Session] = (), pace: Pace = Pace()
+) -> Held | None:
+    """Why no kill is ordered though its stop is over; None: one may be, or it is not as far as that."""
+    deadline_at = session.deadline_at
+    if session.state is not State.STOP_SENT or deadline_at is None or now < deadline_at:
+        return None
+    return held_by(
+        session.session_id, session.closing, _flights(session, siblings, rules, now), rules.ceiling_s, now,
+        noted_at=session.noted_at, graced_until=deadline_at, fresh_s=pace.fresh_s,
+    )  # fmt: skip
+
+
 def _flights(session: Session, siblings: Sequence[Session], rules: Rules, now: datetime) -> dict[str, Flight]:
     return {
-        each.session_id: Flight(is_foreign=each.kind == "foreign", is_over=is_over(each, rules, now))
+        each.session_id: Flight(
+            is_foreign=each.kind == "foreign",
+            is_over=is_over(each, rules, now),
+            has_ceiling=ceiling_at(each, rules) is not None,
+        )
         for each in (session, *siblings)
     }
 

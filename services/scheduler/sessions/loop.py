@@ -15,14 +15,14 @@ from functools import partial
 from services.scheduler import decide, store
 from services.scheduler.cron import CronError
 from services.scheduler.decide import Activity, Began, Closing, Rules, Seen, Session, State, Waiting
-from services.scheduler.metrics import KILLS, OPEN, UNENFORCEABLE
+from services.scheduler.metrics import KILLS, KILLS_WAITING, OPEN, UNENFORCEABLE
 from services.scheduler.rules import rule_of
 from services.scheduler.sessions import telling
 from services.scheduler.sessions.telling import Turn
 from services.scheduler.settings import Settings
 from services.scheduler.store import SQL, OpenFire
 from shared.broker import Publisher
-from shared.database import Connection, Pool, transact
+from shared.database import Connection, Pool, Trouble, classify, in_words, transact
 from shared.facts import BacklogSnapshot, GateClosed, KillDone, NamedBacklog, Running
 from shared.intake import Tell
 from shared.loops import Loop
@@ -32,6 +32,8 @@ from shared.telemetry import log
 _BATCH = 200
 _MEASURE_S = 5.0
 _HELD_ELSEWHERE_S = 0.05
+_FAILED_S = 60.0
+"""How long a session is left alone whose step could not be taken."""
 _SILENT_LOOKS = 2
 _SILENT_MIN_S = 2.0
 
@@ -105,7 +107,13 @@ class Sessions:
         if not self._looked_at_all:  # our own settings may be others than when these were looked at last
             await self._pool.execute(SQL["look_at_sessions"])
             self._looked_at_all = True
-        turn = await transact(self._pool, partial(self._step, now=now))
+        try:
+            turn = await transact(self._pool, partial(self._step, now=now))
+        except Exception as error:
+            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                raise
+            log.warning("batch_repeated_singly", error=in_words(error))
+            turn = await transact(self._pool, partial(self._step_singly, now=now))
         self._tell(turn)
         if turn.more:
             return 0.0
@@ -120,16 +128,22 @@ class Sessions:
 
     async def measure(self) -> float:
         counts: dict[str, int] = dict.fromkeys((state.value for state in State), 0)
-        unenforceable = 0
+        unenforceable = late = 0
         for row in await self._pool.fetch(SQL["measure_sessions"]):
             counts[row["state"]] += row["sessions"]
+            late += row["late"]
             unenforceable += row["sessions"] if row["unenforceable"] else 0
         for state, count in counts.items():
             OPEN.labels(state).set(count)
         UNENFORCEABLE.set(unenforceable)
+        KILLS_WAITING.set(late)
         return _MEASURE_S
 
     def _tell(self, turn: Turn) -> None:
+        for session, reason in turn.failed:
+            log.error(
+                "session_step_failed", workspace_id=session.workspace_id, session_id=session.session_id, reason=reason
+            )
         telling.tell(self._publisher, turn)
         if any(after.orders != before.orders for before, after in turn.stepped):
             self._told()
@@ -140,6 +154,33 @@ class Sessions:
         if not claimed:
             return turn
         turn.more = len(claimed) == _BATCH
+        await self._take_steps(connection, claimed, moment, turn)
+        return turn
+
+    async def _step_singly(self, connection: Connection, *, now: datetime | None) -> Turn:
+        """As `_step`, where some session of the batch cannot be written: that one waits, the others go on."""
+        turn = Turn()
+        claimed, moment = await store.claim_sessions(connection, _BATCH, now)
+        turn.more = len(claimed) == _BATCH
+        for session in claimed:
+            alone = Turn()
+            try:
+                async with connection.transaction():
+                    await self._take_steps(connection, [session], moment, alone)
+            except Exception as error:
+                if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
+                    raise
+                await connection.execute(SQL["look_later"], session.session_id, moment, _FAILED_S)
+                turn.failed.append((session, in_words(error)))
+            else:
+                turn.told += alone.told
+                turn.stepped += alone.stepped
+        return turn
+
+    async def _take_steps(
+        self, connection: Connection, claimed: Sequence[Session], moment: datetime, turn: Turn
+    ) -> None:
+        """Decide and write for sessions that are held; `turn` gets what is to be told."""
         names = sorted({each.workspace_id for each in claimed})
         rules = await store.read_rules(connection, names, self._settings.rules)
         around = _by_workspace(await store.sessions_of(connection, names))
@@ -155,7 +196,6 @@ class Sessions:
             turn.told += telling.facts(after, taken.says, moment)
         await store.save_sessions(connection, saved)
         turn.told = await telling.order(connection, turn.told)
-        return turn
 
     # ── snapshots ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -7,14 +7,33 @@ from datetime import datetime
 from typing import Any
 
 from services.scheduler import decide
-from services.scheduler.decide import Rules, Session, State
+from services.scheduler.decide import Held, Hold, Pace, Rules, Session, State
 from services.scheduler.shapes import iso
 
 _MINUTE_S, _HOUR_S, _SHORT_S = 60, 3600, 90
+_HELD = {
+    Hold.OWN_CEILING: "its ceiling was raised after it was stopped: an operator's stop ends it",
+    Hold.BELOW_CEILING: "the kill waits for {} below its ceiling",
+    Hold.NO_CEILING: "the kill waits for {}, which has no ceiling",
+    Hold.GATE: "the kill waits for the gate's word of what else is in flight",
+    Hold.HEARTBEAT: "the kill waits for a heartbeat from after the grace",
+    Hold.ENDED: "nothing of it is in flight any more",
+    Hold.FOREIGN: "the kill waits until it is known since when the agent's other work goes on",
+}
 
 
-def shown(session: Session, rules: Rules, now: datetime, bounces: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """The session of the HTTP face; `bounces` are the schedules of its workspace that bounce."""
+def shown(
+    session: Session,
+    rules: Rules,
+    now: datetime,
+    *,
+    among: Sequence[Session],
+    pace: Pace,
+    bounces: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """The session of the HTTP face, `among` the open ones of its workspace; `bounces`: its schedules that bounce."""
+    siblings = [each for each in among if each.session_id != session.session_id]
+    held = decide.kill_held(session, rules, now, siblings=siblings, pace=pace)
     ceiling_s = rules.ceiling_s if session.ceiling_s is None else session.ceiling_s
     following = decide.next_step(session, rules)
     return {
@@ -28,7 +47,7 @@ def shown(session: Session, rules: Rules, now: datetime, bounces: Sequence[Mappi
         "next_step": following[0] if following else None,
         "next_step_at": iso(following[1]) if following else None,
         "schedule_id": str(session.schedule_id) if session.schedule_id else None,
-        "summary": _summary(session, ceiling_s, following, now, bounces),
+        "summary": _summary(session, ceiling_s, following, held, now=now, bounces=bounces),
     }
 
 
@@ -36,6 +55,8 @@ def _summary(
     session: Session,
     ceiling_s: float,
     following: tuple[str, datetime | None] | None,
+    held: Held | None,
+    *,
     now: datetime,
     bounces: Sequence[Mapping[str, Any]],
 ) -> str:
@@ -52,7 +73,9 @@ def _summary(
                 State.KILL_ORDERED: "its container is being ended",
             }[session.state]
         )
-    if following is not None and following[1] is not None:
+    if held is not None:
+        said.append(_HELD[held.hold].format(held.session_id))
+    elif following is not None and following[1] is not None:
         left_s = (following[1] - now).total_seconds()
         said.append(f"{following[0]} {'follows' if left_s <= 0 else f'in {span(left_s)}'}")
     said += [f"schedule {each['name']} has bounced {each['bounces']} times" for each in bounces if each["bounces"]]

@@ -27,6 +27,8 @@ class Turn:
     """Before and after."""
     ended: list[tuple[Session, str]] = field(default_factory=list)
     """And why."""
+    failed: list[tuple[Session, str]] = field(default_factory=list)
+    """Whose step could not be taken, and why."""
     more: bool = False
 
 

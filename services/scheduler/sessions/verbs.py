@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from datetime import datetime
 from typing import Any
@@ -19,7 +20,9 @@ from shared.database import Connection
 from shared.facts import FLEET, ScheduleQuery
 
 VERBS = frozenset({"checkpoint", "stop"})
-_SCHEDULES_MAX = 1000
+_SCHEDULES_MAX = 100
+"""Of each workspace: one with thousands hides no other's."""
+_NAMES_MAX = 500
 
 _NONE: Answer = (
     409,
@@ -31,14 +34,27 @@ _NONE: Answer = (
 
 
 async def show(connection: Connection, fact: ScheduleQuery, settings: Settings) -> Answer:
-    """What runs in a workspace, or in all of them ("-"), and which schedules bounce."""
+    """What runs in a workspace, in those that the body names ("-"), or in all where something runs; what bounces."""
     now = await store.clock(connection)
     if fact.workspace_id != FLEET:
         name = fact.workspace_id
         return 200, (await _shown(connection, [name], await store.sessions_of(connection, [name]), settings, now))[name]
-    sessions = await store.open_sessions(connection)
-    names = sorted({each.workspace_id for each in sessions})
+    asked = _asked(fact.body)
+    sessions = await (store.open_sessions(connection) if asked is None else store.sessions_of(connection, asked))
+    names = sorted({each.workspace_id for each in sessions}) if asked is None else asked
     return 200, {"workspaces": await _shown(connection, names, sessions, settings, now)}
+
+
+def _asked(body: bytes) -> list[str] | None:
+    """The workspaces of somebody's page; None: he names none."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return None
+    names = said.get("workspaces") if isinstance(said, dict) else None
+    if not isinstance(names, list):
+        return None
+    return sorted({name for name in names if isinstance(name, str) and "\0" not in name})[:_NAMES_MAX]
 
 
 async def _shown(
@@ -54,7 +70,12 @@ async def _shown(
         running[session.workspace_id].append(session)
     for name in names:
         mine = running[name]
-        cards = [shown(each, rules[name], now, [dict(row) for row in schedules[name]]) for each in mine]
+        cards = [
+            shown(
+                each, rules[name], now, among=mine, pace=settings.pace, bounces=[dict(row) for row in schedules[name]]
+            )
+            for each in mine
+        ]
         found[name] = {
             "session": cards[0] if cards else None,
             "sessions": cards,
@@ -100,7 +121,7 @@ async def command(connection: Connection, fact: ScheduleQuery, settings: Setting
             SQL["insert_audit"], fact.query_id, fact.by, f"session_{fact.verb}", name, None, 0, None
         )
     mine = await store.sessions_of(connection, [name])
-    return 200, {"sessions": [shown(each, rules, now) for each in mine]}
+    return 200, {"sessions": [shown(each, rules, now, among=mine, pace=settings.pace) for each in mine]}
 
 
 def _was_asked(session: Session, fact: ScheduleQuery) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from tests.bench.fleet.run import Lived
+from tests.bench.fleet.script import WEDGE_S
 from tests.bench.fleet.world import Tally
 from tests.bench.table import machine
 
@@ -59,8 +60,9 @@ def lines(lived: Mapping[str, Lives], agents: int) -> list[Line]:
         falses = {name: _per_day(_false)(lives) for name, lives in lived.items()}
         below = {name: falses["original"] / falses[name] if falses[name] else float("inf") for name in falses}
         values = {name: ("none" if below[name] == float("inf") else below[name]) for name in below}
-        reached = all(below[name] >= TIMES_BELOW for name in OURS if name in below)
-        line = Line("… times fewer than 2 of N", values, f"≥ {TIMES_BELOW:.0f}", "reached" if reached else "missed")
+        held = [below[name] >= TIMES_BELOW for name in OURS if name in below]
+        stands = ("reached" if all(held) else "missed") if held else ""
+        line = Line("… times fewer than 2 of N", values, f"≥ {TIMES_BELOW:.0f}", stands)
         made.insert(1, line)
     return made
 
@@ -155,7 +157,7 @@ def _detected(lives: Lives) -> list[float]:
 
 def _wedges(lives: Lives) -> list[float]:
     """Those that were found while they lasted."""
-    return sorted(each for one in lives for each in one.wedges_s)
+    return sorted(each for one in lives for each in one.wedges_s if each <= WEDGE_S)
 
 
 def _worst(lives: Lives, of: Callable[[Tally], Sequence[float]]) -> Cell:

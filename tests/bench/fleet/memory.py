@@ -348,7 +348,13 @@ class Memory:
             and row["workspace_id"] in self.agents
         ]
         due.sort(key=lambda row: (row["due_at"], row["restart_id"]))
-        return [{"restart_id": row["restart_id"], "workspace_id": row["workspace_id"]} for row in due[:limit]]
+        places: Counter[str] = Counter()
+        found = []
+        for row in due:
+            places[row["driver"]] += 1
+            if places[row["driver"]] <= limit:
+                found.append({"restart_id": row["restart_id"], "workspace_id": row["workspace_id"]})
+        return found
 
     def _lock_restart(self, restart_id: Any) -> list[Row]:
         return [self.restarts[restart_id]] if restart_id in self.restarts else []

@@ -125,7 +125,7 @@ class World:
             self._loop.call_at(at_s, self._wedge, self._by_number[number])
         for span in self.script.deaths:
             self._loop.call_at(span.begin_s, self._die_together, span)
-        self._loop.call_at(self.script.loops_from_s, self._end, self._by_number[self.script.looper])
+        self._loop.call_at(self.script.loops_from_s, self._begin_to_loop, self._by_number[self.script.looper])
 
     # ── what a contender may do ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -205,6 +205,12 @@ class World:
     def _end_if(self, agent: Agent, container_id: str) -> None:
         if agent.container_id == container_id:
             self._end(agent)
+
+    def _begin_to_loop(self, agent: Agent) -> None:
+        for waiting in self._lost.values():
+            for names in waiting:
+                names.discard(agent.name)  # nobody waits for it any more
+        self._end(agent)
 
     def _crash(self, agent: Agent) -> None:
         if agent.up and not agent.wedged and not self.is_looper(agent):
