@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.proxy.copies import Copies
+from services.proxy.copies.directives import taken
 from services.proxy.copies.uses import Use
 from services.proxy.metrics import GATE_CLOSINGS
 from shared.consumer import Reader
@@ -82,8 +83,7 @@ class Handlers:
         for fact in facts:
             self._use(fact.workspace_id).hear_heartbeat(fact)
             if fact.acknowledged:
-                taken = (each.directive_id for each in fact.acknowledged)
-                self.copies.directives.acknowledge(fact.workspace_id, taken)
+                self.copies.directives.acknowledge(fact.workspace_id, taken(fact.acknowledged))
 
     async def proxy_beats(self, facts: Sequence[ProxyBeat]) -> None:
         for fact in facts:

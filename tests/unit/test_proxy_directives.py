@@ -12,7 +12,7 @@ from uuid_utils.compat import uuid7
 
 from services.proxy.control import cancel_body, control_url
 from services.proxy.copies import Calls, Copies, Directives
-from services.proxy.copies.directives import shape
+from services.proxy.copies.directives import shape, taken
 from services.proxy.handlers import Handlers
 from shared.facts import Acknowledged, DirectiveKind, SessionDirective, WorkspaceHeartbeat
 
@@ -89,6 +89,12 @@ def test_an_acknowledgement_that_comes_before_the_directive_counts() -> None:
     directives.acknowledge("w", [one.directive_id])
     assert not directives.hear(one, T0)
     assert told(directives, 0) == []
+
+
+def test_who_finds_no_such_session_has_taken_nothing() -> None:
+    """The directive was quicker than its message: it is told again until it is past."""
+    words = [Acknowledged(directive_id=uuid7(), result=word) for word in ("saving", "ended", "ignored")]
+    assert taken(words) == {words[0].directive_id: "saving", words[2].directive_id: "ignored"}
 
 
 async def test_an_acknowledgement_at_any_replica_counts() -> None:

@@ -18,7 +18,7 @@ from services.proxy.api.identity import Caller, Identity, digest, display
 from services.proxy.api.outgoing import delivery_token
 from services.proxy.api.wire import ModelT, Refused, Request, Response, answer, validated
 from services.proxy.copies import Copies
-from services.proxy.copies.directives import shape
+from services.proxy.copies.directives import shape, taken
 from services.proxy.decide import Head, Presence, Refuse, Workspace, admit
 from services.proxy.metrics import DIRECTIVES, HEARTBEATS, INCARNATIONS, UNREGISTERED
 from services.proxy.settings import Settings
@@ -119,7 +119,7 @@ class Registrar:
         return answer(200, {"status": "ok", "directives": directives}) if directives else Response(200, _NO_DIRECTIVES)
 
     def _acknowledge(self, fact: WorkspaceHeartbeat) -> None:
-        results = {each.directive_id: each.result for each in fact.acknowledged}
+        results = taken(fact.acknowledged)
         for directive_id in self._copies.directives.acknowledge(fact.workspace_id, results):
             log.info(
                 "directive_acknowledged",

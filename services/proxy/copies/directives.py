@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from services.proxy.metrics import DIRECTIVES
-from shared.facts import DirectiveKind, SessionDirective
+from shared.facts import Acknowledged, DirectiveKind, SessionDirective
 
 HEARD_FOR_S = 30.0
 """One that nobody has said again for this long (three times) is past."""
@@ -113,6 +113,14 @@ class Directives:
         self._swept_at = now
         for workspace_id in list(self._told):
             self.of(workspace_id, 0, now)
+
+
+def taken(acknowledged: Iterable[Acknowledged]) -> dict[UUID, str]:
+    """What an agent has taken, with its word about it; not what found no such session there.
+
+    A directive may come before its message does: the agent is asked again until the directive is past.
+    """
+    return {each.directive_id: each.result for each in acknowledged if each.result != "ended"}
 
 
 def shape(directive: SessionDirective) -> dict[str, str | None]:
