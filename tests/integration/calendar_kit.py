@@ -25,7 +25,8 @@ from tests.integration.queue_kit import Door, door, queue_service
 
 LONG = 60.0
 """A turn that ends when the test says so."""
-TIMING = {"sweep_s": 0.3, "reconcile_s": 0.3, "busy_cap_s": 0.2, "follow_min_s": 0.1, "follow_max_s": 0.2}
+TIMING = {"sweep_s": 0.3, "reconcile_s": 0.3, "busy_cap_s": 0.2, "follow_min_s": 0.1, "follow_max_s": 0.2,
+          "checkpoint_grace_s": 0.0, "stop_grace_s": 0.0}  # fmt: skip
 NOON = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 TABLES = (
     "a2a_queue, a2a_finished, idempotency_keys, workspaces, workspace_ids, replicas, schedules, "

@@ -38,8 +38,8 @@ TABLES = (
     "inbox, outbox, dead_letters"
 )
 READ_BY_OTHERS = (
-    "scheduler.gate.closed", "liveness.workspace.evidence", "queue.session.gate", "queue.session.stop",
-    "queue.kill.done", "queue.proxy.beat", "queue.workspace.heartbeat", "queue.workspace.status",
+    "scheduler.gate.closed", "scheduler.tick.settled", "liveness.workspace.evidence", "queue.session.gate",
+    "queue.session.stop", "queue.kill.done", "queue.proxy.beat", "queue.workspace.heartbeat", "queue.workspace.status",
 )  # fmt: skip
 
 
