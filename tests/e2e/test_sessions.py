@@ -85,7 +85,7 @@ async def test_twelve_fires_without_a_ceiling_are_one_run_with_the_newest_prompt
         return bool((await seen(lead, schedule))["run_count"] == 1)
 
     await until(ran)
-    assert (await first).status == 200
+    assert (await first).status in {200, 202}, "the very first message of a stack may be kept"
     assert [each.text for each in agent.received] == ["six hours", "after"]
     assert said(agent.received[1])["merged_count"] == FIRES
     counts = (await seen(lead, schedule))["counts"]
@@ -109,7 +109,8 @@ async def test_at_its_ceiling_a_session_is_asked_to_save_and_every_tick_runs(lea
     reasons = [each["reason"] for each in agent.directives if each["kind"] == "checkpoint"]
     assert reasons == ["ceiling_near", "ceiling"]
     assert not [each for each in agent.directives if each["kind"] == "stop"]
-    mark = answer.json["result"]["metadata"]["urn:bide:queue:1"]
+    said_last = answer.json if answer.status == 200 else (await lead.ended(answer.json["queue_id"]))["answer"]
+    mark = said_last["result"]["metadata"]["urn:bide:queue:1"]
     assert (mark["checkpointed"], mark["reason"]) == (True, "ceiling"), "its partial work is in the answer"
     paused = await lead.call("POST", f"{schedule}/pause")
     assert paused.status == 200

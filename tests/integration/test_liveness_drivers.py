@@ -351,14 +351,19 @@ async def test_an_answer_that_comes_in_drops_ends_at_the_limit(monkeypatch: pyte
     monkeypatch.setattr("services.liveness.drivers.webhook._LOOK_S", 0.3)
 
     async def drips(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"}")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
-        with contextlib.suppress(ConnectionError):
-            while True:
-                writer.write(b" ")
-                await writer.drain()
-                await asyncio.sleep(0.05)
+        try:
+            await reader.readuntil(b"}")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    writer.write(b" ")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+        finally:
+            writer.close()
+            left.set()
 
+    left = asyncio.Event()
     server = await asyncio.start_server(drips, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     driver = WebhookDriver("secret")
@@ -366,6 +371,8 @@ async def test_an_answer_that_comes_in_drops_ends_at_the_limit(monkeypatch: pyte
         seen = await driver.inspect(Target("w1", {"driver": "webhook", "url": f"http://127.0.0.1:{port}/"}))
     assert (seen.seen, seen.why) == (Seen.UNKNOWN, "its answer does not come to an end")
     await driver.close()
+    async with asyncio.timeout(5):
+        await left.wait()
     server.close()
 
 

@@ -95,7 +95,8 @@ async def test_a_directive_reaches_the_agent_at_any_replica_and_ends_with_its_ac
         agent(name, bide=front.url, token=ADMIN, heartbeat_s=30.0, behaviour={"control": False}) as worker,
     ):
         await worker.until(lambda: worker.beats > 0)
-        asked = directive(name)
+        worker.busy_for(60.0)
+        asked = directive(name, session_id=f"foreign:{name}:1:1")
         await front.service.publisher.publish(asked)
         await until_told(front, name)
         await until_told(other, name)
@@ -106,7 +107,7 @@ async def test_a_directive_reaches_the_agent_at_any_replica_and_ends_with_its_ac
             "id": str(asked.directive_id),
             "kind": "checkpoint",
             "reason": "ceiling",
-            "session_id": "s",
+            "session_id": asked.session_id,
             "deadline": asked.deadline.isoformat() if asked.deadline else None,
         }
 
