@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workspace", required=True, help="the workspace it sits in")
     parser.add_argument("--bide", help="base URL of the proxy; without it, it registers nowhere and sends no heartbeat")
     parser.add_argument("--token", default="", help="enrolment or admin token, for the first registration")
-    parser.add_argument("--port", type=int, default=default.port, help="0: any free one between 20000 and 32000")
+    parser.add_argument("--port", type=int, default=default.port, help="0: any free one between 26000 and 32000")
     parser.add_argument("--max-concurrent", type=int, default=default.max_concurrent, help="slots")
     parser.add_argument("--work-s", type=float, default=default.work_s, help="length of a turn")
     parser.add_argument("--heartbeat-s", type=float, default=default.heartbeat_s, help="cadence, which it declares")

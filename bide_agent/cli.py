@@ -49,7 +49,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     say("--bide", default=os.environ.get("BIDE_URL"), help="base URL of the proxy (BIDE_URL); none: it stands alone")
     say("--token", default=os.environ.get("BIDE_TOKEN", ""), help="enrolment or admin token (BIDE_TOKEN)")
     say("--host", default=default.host, help="address to listen on")
-    say("--port", type=int, default=default.port, help="0: any free one between 20000 and 32000")
+    say("--port", type=int, default=default.port, help="0: any free one between 26000 and 32000")
     say("--url", help="where Bide reaches it, if not at host and port")
     say("--max-concurrent", type=int, default=default.max_concurrent, help="turns at a time")
     say("--heartbeat-s", type=float, default=default.heartbeat_s, help="cadence, which it declares")

@@ -18,7 +18,7 @@ class Options:
     token: str = field(default="", repr=False)
     """Enrolment or admin token: for the first registration, and where the agent's own one is refused."""
     port: int = 0
-    """0: any free one between 20000 and 32000."""
+    """0: any free one between 26000 and 32000."""
     max_concurrent: int = 1
     work_s: float = 0.3
     heartbeat_s: float = 30.0

@@ -13,8 +13,9 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-LOWEST, HIGHEST = 20_000, 32_000
-"""Below the range that the kernel takes outgoing ports from: a restarted agent can have its port again."""
+LOWEST, HIGHEST = 26_000, 32_000
+"""Below the range that the kernel takes outgoing ports from: a restarted agent can have its port again. Apart from the
+local stack's: a server that is being started again shall find its port free."""
 TRIES = 200
 BODY_MAX = 16 * 1024 * 1024
 BACKSTOP_S = 2

@@ -30,7 +30,7 @@ class Options:
     host: str = "127.0.0.1"
     """The address it listens on."""
     port: int = 0
-    """0: any free one between 20000 and 32000."""
+    """0: any free one between 26000 and 32000."""
     url: str | None = None
     """Where Bide reaches it, if not at host and port."""
     max_concurrent: int = 1

@@ -1,7 +1,7 @@
 """Ports of one stack: remembered, so that URLs survive a restart, and never given to two stacks at once.
 
-Owns the choice within 20000-32000: below the range that the kernel takes outgoing ports from, so that no connection
-can sit on a port between two starts. Refuses a port that is demanded and taken.
+Owns the choice within 20000-26000: below the range that the kernel takes outgoing ports from, so that no connection
+can sit on a port between two starts, and apart from the one that agents choose from. Refuses a port that is demanded and taken.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Self
 from deploy.local.errors import StackError
 from deploy.local.memory import Memory
 
-LOWEST, HIGHEST = 20_000, 32_000
+LOWEST, HIGHEST = 20_000, 26_000
 TRIES = 200
 """Random ports that are looked at before we give up: with a tenth of the range in use, all taken is 1 in 10^200."""
 

@@ -70,7 +70,7 @@ async def serve(port: int) -> None:
 @contextmanager
 def serving() -> Iterator[str]:
     """Run the server in a process of its own; yield its URL."""
-    port = next(port for port in random.sample(range(20_000, 32_000), 50) if _is_free(port))
+    port = next(port for port in random.sample(range(26_000, 32_000), 50) if _is_free(port))
     command = [sys.executable, "-m", "tests.bench.agents", "--serve", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:

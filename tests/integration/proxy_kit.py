@@ -46,7 +46,7 @@ def free_port() -> int:
     """One that nobody listens on now, of those that tests may use."""
     while True:
         with socket.socket() as trial, suppress(OSError):
-            trial.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
+            trial.bind(("127.0.0.1", random.randrange(26_000, 32_000)))
             port: int = trial.getsockname()[1]
             return port
 

@@ -57,7 +57,7 @@ def both_loops(story: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...,
 
 
 def listening(*, backlog: int = 100) -> socket.socket:
-    for port in random.sample(range(20_000, 32_000), 50):
+    for port in random.sample(range(26_000, 32_000), 50):
         with contextlib.suppress(OSError):
             return socket.create_server(("127.0.0.1", port), backlog=backlog)
     raise AssertionError("no free port")
@@ -355,7 +355,7 @@ async def test_a_refused_connection_is_not_sent() -> None:
 
 def unheard() -> socket.socket:
     """A port that is bound and not listened on: a connection to it is refused, and nobody else takes it."""
-    for port in random.sample(range(20_000, 32_000), 50):
+    for port in random.sample(range(26_000, 32_000), 50):
         bound = socket.socket()
         try:
             bound.bind(("127.0.0.1", port))
