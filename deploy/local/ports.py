@@ -1,7 +1,8 @@
 """Ports of one stack: remembered, so that URLs survive a restart, and never given to two stacks at once.
 
 Owns the choice within 20000-26000: below the range that the kernel takes outgoing ports from, so that no connection
-can sit on a port between two starts, and apart from the one that agents choose from. Refuses a port that is demanded and taken.
+can sit on a port between two starts, and apart from the one that agents choose from. Refuses a port that is demanded
+and taken.
 """
 
 from __future__ import annotations
