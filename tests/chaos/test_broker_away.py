@@ -38,8 +38,13 @@ async def _survive(faulty: Stack, what: str, begin: Trouble, end: Trouble, for_s
         load.begin(load.agents[:6])
         await load.more(20)
         async with outage(services, what, begin, end):
+            # Before the watcher, who does not come back: whoever is first at a proxy waits for the confirm.
+            first = asyncio.gather(
+                *(load.send(busy, f"first {n}", caller=f"first-{n}", proxy=n, prefer="wait=0") for n in range(2))
+            )
             seen = await watch(load, busy=busy, idle=idle, for_s=for_s)
             print(f"/readyz: {await unready(load)}")
+        await first
         await _flows_again(services, load)
         seen.told = sum((each.told for each in load.sent), Counter())
     print(f"{what} {for_s:g} s: {seen}")
@@ -87,7 +92,7 @@ async def test_a_frozen_broker_leaves_nobody_hanging(faulty: Stack, own_servers:
     """B-25, B-28: SIGSTOP for 20 s; connections stay open, no confirm comes, and every caller is told so in time."""
     broker = own_servers.rabbitmq
     seen = await _survive(faulty, "frozen", broker.pause, broker.resume, away_s(20))
-    assert seen.told["keep_unknown"] + seen.refusals["keep_unknown"], "whose message waits for the confirm is chance"
+    assert seen.told["keep_unknown"]
 
 
 @pytest.mark.timeout(300)
@@ -95,7 +100,7 @@ async def test_a_memory_alarm_blocks_promises_and_nothing_else(faulty: Stack, ow
     """B-28: RabbitMQ reads no publisher's connection; whoever was told `keep_unknown` comes back, and is kept once."""
     broker = own_servers.rabbitmq
     seen = await _survive(faulty, "blocked", lambda: broker.limit_memory(0), broker.limit_memory, away_s(10))
-    assert seen.told["keep_unknown"] + seen.refusals["keep_unknown"], "whose message waits for the confirm is chance"
+    assert seen.told["keep_unknown"]
 
 
 async def test_readers_acknowledge_under_a_memory_alarm(faulty: Stack, own_servers: Servers) -> None:
