@@ -22,7 +22,6 @@ from shared.topology import route
 from tests.conftest import ROOT, TEMPLATE, Stack, until
 from tests.integration.conftest import Replica, replica
 from tests.integration.scheduler_kit import (
-    TABLES,
     Calendar,
     calendar,
     listening,
@@ -188,7 +187,6 @@ async def test_a_server_that_is_away_at_the_fire_loses_none(own: Stack, own_serv
     settings = scheduler_settings(own)
     async with process(own) as running:
         async with open_pool(settings) as pool:
-            await pool.execute(f"TRUNCATE {TABLES}")
             ids = [await Calendar(settings, pool).create(every_s=1, name=str(n)) for n in range(3)]
             moment = await pool.fetchval("SELECT max(next_fire_at) FROM schedules")
         await asyncio.to_thread(away.kill)
