@@ -23,7 +23,7 @@ from deploy.local.memory import Memory
 from deploy.local.ports import Ports
 from deploy.local.process import Command
 from deploy.local.roles import execute, server_version, with_database
-from deploy.local.run import LocalRun, Run
+from deploy.local.run import LocalRun, Server
 
 NOBODY = 65534
 STOP_LIMIT_S = 15.0
@@ -33,38 +33,12 @@ FAST, IMMEDIATE = signal.SIGINT, signal.SIGQUIT
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
-class Postgres:
+class Postgres(Server):
     """A PostgreSQL server in use; `url` is the administrator's."""
-
-    def __init__(self, *, url: str, source: str, run: Run, version: str) -> None:
-        self.url = url
-        self.source = source
-        self.version = version
-        self._run = run
-
-    def start(self) -> None:
-        """Start it again on the same port and data; return when it accepts connections."""
-        self._run.start()
 
     def stop(self, mode: str = "fast") -> None:
         """Stop it: "fast" ends the sessions and writes a checkpoint, "immediate" recovers at the next start."""
         self._run.stop({"fast": FAST, "immediate": IMMEDIATE}[mode])
-
-    def kill(self) -> None:
-        """SIGKILL the server and its backends."""
-        self._run.kill()
-
-    def pause(self) -> None:
-        """Freeze it with its backends: connections stay open and nothing answers."""
-        self._run.pause()
-
-    def resume(self) -> None:
-        """Let it go on."""
-        self._run.resume()
-
-    def is_running(self) -> bool:
-        """Tell whether it runs."""
-        return self._run.is_running()
 
     def create_database(self, name: str, template: str | None = None) -> str:
         """Create a database, as a copy of `template` when given (nobody may be connected to that); return its URL."""

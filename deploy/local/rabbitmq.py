@@ -23,7 +23,7 @@ from deploy.local.ledger import Ledger
 from deploy.local.memory import Memory, write_atomically
 from deploy.local.ports import Ports
 from deploy.local.process import Command
-from deploy.local.run import LocalRun, Run
+from deploy.local.run import LocalRun, Run, Server
 
 USER = "bide"
 STOP_LIMIT_S = 15.0
@@ -43,39 +43,16 @@ class Installation:
     libraries: str = ""
 
 
-class RabbitMQ:
+class RabbitMQ(Server):
     """A RabbitMQ broker in use; `url` is of the vhost "/"."""
 
     def __init__(self, *, url: str, source: str, run: Run, version: str, control: Control | None) -> None:
-        self.url = url
-        self.source = source
-        self.version = version
-        self._run = run
+        super().__init__(url=url, source=source, run=run, version=version)
         self._control = control
-
-    def start(self) -> None:
-        """Start it again on the same port and data; return when it takes connections."""
-        self._run.start()
 
     def stop(self) -> None:
         """Stop it in good order."""
         self._run.stop()
-
-    def kill(self) -> None:
-        """SIGKILL the broker and its children."""
-        self._run.kill()
-
-    def pause(self) -> None:
-        """Freeze it: connections stay open and nothing answers."""
-        self._run.pause()
-
-    def resume(self) -> None:
-        """Let it go on."""
-        self._run.resume()
-
-    def is_running(self) -> bool:
-        """Tell whether it runs."""
-        return self._run.is_running()
 
     def vhost(self, name: str) -> str:
         """Create a vhost of this name, if there is none, grant it to our user and return its URL."""

@@ -44,6 +44,36 @@ class Run(Protocol):
         """Tell whether it runs (frozen counts as running)."""
 
 
+class Server:
+    """A server in use: where it is, what it is, and the controls that every server has."""
+
+    def __init__(self, *, url: str, source: str, run: Run, version: str) -> None:
+        self.url = url
+        self.source = source
+        self.version = version
+        self._run = run
+
+    def start(self) -> None:
+        """Start it again on the same port and data; return when it takes connections."""
+        self._run.start()
+
+    def kill(self) -> None:
+        """SIGKILL it and its children."""
+        self._run.kill()
+
+    def pause(self) -> None:
+        """Freeze it with its children: connections stay open and nothing answers."""
+        self._run.pause()
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._run.resume()
+
+    def is_running(self) -> bool:
+        """Tell whether it runs."""
+        return self._run.is_running()
+
+
 class LocalRun:
     """A server as processes of ours; the last command is the server, those before it are what it needs."""
 

@@ -21,7 +21,8 @@ from tests.chaos.conftest import LONG, away_s
 from tests.chaos.kit.database import admin
 from tests.chaos.kit.processes import Process, ring
 from tests.conftest import Stack, until
-from tests.integration.scheduler_kit import Calendar, listening, scheduler_settings
+from tests.integration.listening import listening
+from tests.integration.scheduler_kit import Calendar, scheduler_settings
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -28,7 +28,8 @@ from shared.facts import (
 from tests.chaos.kit.processes import ring
 from tests.conftest import Stack, until
 from tests.integration.conftest import Replica, replica
-from tests.integration.scheduler_kit import TABLES, listening
+from tests.integration.listening import listening
+from tests.integration.scheduler_kit import TABLES
 
 STATES = ("running", "checkpoint_sent", "stop_sent", "kill_ordered")
 QUICK = {

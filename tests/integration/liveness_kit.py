@@ -13,10 +13,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import aio_pika
 import asyncpg
 import pytest
-from aio_pika.abc import AbstractIncomingMessage
 from uuid_utils.compat import uuid7
 
 from services.liveness.__main__ import main
@@ -28,8 +26,6 @@ from services.liveness.handlers import Handlers
 from services.liveness.loops import Loops
 from services.liveness.restart.carry import Restarts
 from services.liveness.settings import Settings
-from shared import topology
-from shared.batches import decode_batch
 from shared.database import Pool, transact
 from shared.facts import (
     FLEET,
@@ -183,27 +179,6 @@ def kill_order(workspace_id: str, *, incarnation: int = 1, session_id: str = "s1
         "order_id": uuid7(), "expires_at": datetime.now(UTC) + timedelta(minutes=2), **about,
     }  # fmt: skip
     return SessionKill.model_validate(values)
-
-
-@asynccontextmanager
-async def listening(stack: Stack, kind: type[FactT], reader: str = "queue") -> AsyncIterator[list[FactT]]:
-    """What arrives in a reader's queue of this fact."""
-    found: list[FactT] = []
-    connection = await aio_pika.connect(stack.amqp_url)
-    async with connection:
-        channel = await connection.channel()
-        await topology.declare(channel)
-        queue = await channel.get_queue(topology.route(kind, reader).queue(""))
-        await queue.purge()
-
-        async def read(message: AbstractIncomingMessage) -> None:
-            facts, unreadable = decode_batch(kind, message.body)
-            assert not unreadable, unreadable
-            found.extend(facts)
-            await message.ack()
-
-        await queue.consume(read)
-        yield found
 
 
 async def emptied(pool: asyncpg.Pool[asyncpg.Record]) -> None:

@@ -14,10 +14,8 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 from uuid import UUID
 
-import aio_pika
 import asyncpg
 import pytest
-from aio_pika.abc import AbstractIncomingMessage
 from uuid_utils.compat import uuid7
 
 from services.scheduler.__main__ import main
@@ -25,8 +23,6 @@ from services.scheduler.answers import Answers
 from services.scheduler.handlers import Handlers
 from services.scheduler.settings import Settings
 from services.scheduler.ticking import Ticking
-from shared import topology
-from shared.batches import decode_batch
 from shared.database import Connection, Pool, open_pool, transact
 from shared.facts import Fact, FactT, QueryAnswered, ScheduleChanged, ScheduleQuery, ScheduleTick, TickSettled
 from shared.intake import Tell
@@ -232,27 +228,6 @@ async def accounts(pool: Pool) -> dict[str, int]:
         )
     assert row is not None
     return dict(row)
-
-
-@asynccontextmanager
-async def listening(stack: Stack, kind: type[FactT], reader: str = "queue") -> AsyncIterator[list[FactT]]:
-    """What arrives in this reader's queue of this fact, as the broker hands it out, repeats and all."""
-    found: list[FactT] = []
-    connection = await aio_pika.connect(stack.amqp_url)
-    async with connection:
-        channel = await connection.channel()
-        await topology.declare(channel)
-        queue = await channel.get_queue(topology.route(kind, reader).queue(""))
-        await queue.purge()
-
-        async def read(message: AbstractIncomingMessage) -> None:
-            facts, unreadable = decode_batch(kind, message.body)
-            assert not unreadable, unreadable
-            found.extend(facts)
-            await message.ack()
-
-        await queue.consume(read)
-        yield found
 
 
 @pytest.fixture

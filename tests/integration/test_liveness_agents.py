@@ -15,12 +15,12 @@ import pytest
 from shared.database import Pool, open_pool
 from shared.facts import KillDone
 from tests.conftest import Stack, until
+from tests.integration.listening import listening
 from tests.integration.liveness_kit import (
     AgentsFile,
     agents,
     emptied,
     kill_order,
-    listening,
     liveness_service,
     liveness_settings,
     restart_rows,

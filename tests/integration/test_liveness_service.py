@@ -13,6 +13,7 @@ from shared.broker import Publisher, open_publisher
 from shared.database import Pool, open_pool
 from shared.facts import FLEET, KillDone, ProxyBeat, WorkspaceStatus
 from tests.conftest import Stack, until
+from tests.integration.listening import listening
 from tests.integration.liveness_kit import (
     AgentsFile,
     agent_row,
@@ -21,7 +22,6 @@ from tests.integration.liveness_kit import (
     change,
     emptied,
     kill_order,
-    listening,
     liveness_service,
     liveness_settings,
     registration,

@@ -9,7 +9,8 @@ import pytest
 
 from shared.facts import ScheduleTick
 from tests.conftest import Stack, until
-from tests.integration.scheduler_kit import Calendar, calendar, listening, many, whole
+from tests.integration.listening import listening
+from tests.integration.scheduler_kit import Calendar, calendar, many, whole
 from tests.integration.test_scheduler_service import asker, in_a_moment, process
 
 __all__ = ["calendar"]

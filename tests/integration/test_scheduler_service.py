@@ -21,10 +21,10 @@ from shared.facts import QueryAnswered, ScheduleChanged, ScheduleTick
 from shared.topology import route
 from tests.conftest import ROOT, TEMPLATE, Stack, until
 from tests.integration.conftest import Replica, replica
+from tests.integration.listening import listening
 from tests.integration.scheduler_kit import (
     Calendar,
     calendar,
-    listening,
     many,
     query,
     scheduler_service,
