@@ -1,43 +1,26 @@
 """The end of sessions on real tables, against what is really so: snapshots, words, kills and crashes in any order.
 
-Postgres has the test's time. `BIDE_TEST_SEED` repeats a run, `BIDE_TEST_STEPS` makes it longer. Nothing is shrunk: the
-steps of the example that failed are printed.
+Postgres has the test's time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import secrets
 from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, ClassVar
 
-import hypothesis
 import pytest
-import structlog
-from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from shared.facts import BacklogSnapshot, Fact, GateClosed, SessionGate, SessionKill
+from tests.chaos.kit.machine import STEPS_EACH, run_machine, steps_of
 from tests.chaos.kit.session_world import CEILING_S, Agent, Judge, Turn
 from tests.conftest import Stack
 from tests.integration.ender_kit import EMPTY, Replica, Supervisors, supervised
 
-STEPS = int(os.environ.get("BIDE_TEST_STEPS", "500"))
-SEED = os.environ.get("BIDE_TEST_SEED")
-STEPS_EACH = 50
-SETTINGS = hypothesis.settings(
-    max_examples=max(1, STEPS // STEPS_EACH),
-    stateful_step_count=STEPS_EACH,
-    deadline=None,
-    database=None,
-    print_blob=True,
-    phases=(Phase.generate,),
-    suppress_health_check=list(HealthCheck),
-)
+STEPS = steps_of(500)
 some = st.integers(0, 7)
 moments = st.sampled_from([0.5, 3.0, 9.0, 11.0, 20.0, 31.0, 75.0, 130.0])
 
@@ -323,18 +306,5 @@ class SessionMachine(RuleBasedStateMachine):
 @pytest.mark.timeout(600)
 def test_whatever_comes_in_whatever_order_sessions_end_as_they_must(stack: Stack) -> None:
     """I6; C-K2 C-K4 C-K5 C-K9: and never does a kill hit what was not in flight when it was ordered."""
-    seed = int(SEED) if SEED else secrets.randbelow(2**32)
-    print(f"BIDE_TEST_SEED={seed} BIDE_TEST_STEPS={STEPS}")
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    with asyncio.Runner() as runner:
-        SessionMachine.loop = runner.get_loop()
-        opening = supervised(stack)
-        SessionMachine.supervisors = runner.run(opening.__aenter__())
-        SessionMachine.steps, SessionMachine.seen = 0, Counter()
-        try:
-            run_state_machine_as_test(hypothesis.seed(seed)(SessionMachine), settings=SETTINGS)
-        finally:
-            runner.run(opening.__aexit__(None, None, None))
-            structlog.reset_defaults()
-    print(f"{SessionMachine.steps} steps: {dict(sorted(SessionMachine.seen.items()))}")
+    run_machine(SessionMachine, "supervisors", supervised(stack), steps=STEPS, each=STEPS_EACH)
     assert SessionMachine.seen["stop_sent"] > 0

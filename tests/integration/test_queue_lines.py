@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import secrets
 from collections.abc import AsyncIterator
@@ -104,7 +105,7 @@ def _expected(waiting: list[Row], room: int, now: float, *, served_critical: boo
 
 async def test_rows_are_claimed_in_the_order_that_the_pure_functions_say(rows: Pool) -> None:
     """I3, B-01: rank, lanes and turns against the SQL, claim after claim, until nobody is left who may go."""
-    seed = secrets.randbelow(2**32)
+    seed = secrets.randbelow(2**32) if os.environ.get("BIDE_TEST_LONG") else 20_261_129
     print(f"seed {seed}")
     lot, now, claims, passed = random.Random(seed), datetime.now(UTC).timestamp(), 0, 0
     for _ in range(25):

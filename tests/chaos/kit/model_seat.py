@@ -112,8 +112,13 @@ class Seat:
         known = self.gates.get(session)
         if known is not None and (rev < known.rev or (rev == known.rev and known.left)):
             return
-        self.closings += closed and until > now and self.gate_until(now) is None
-        self.gates[session] = Gate(rev, until, not closed)
+        was = self.gate_until(now)
+        self.closings += closed and until > now and was is None
+        shared = max(until, was or until)  # while it is closed its moment only grows, for all that are in it
+        for gate in self.gates.values():
+            if closed and until > now and gate.until > now and not gate.left:
+                gate.until = shared
+        self.gates[session] = Gate(rev, shared if closed else until, not closed)
 
     def gate_until(self, now: float) -> float | None:
         return max((gate.until for gate in self.gates.values() if gate.until > now and not gate.left), default=None)
