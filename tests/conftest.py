@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
-import hypothesis  # noqa: F401 - before any test: Python 3.11 may not parse its sources any more afterwards
+import hypothesis  # before any test: Python 3.11 may not parse its sources any more afterwards
 import pytest
 from pydantic import SecretStr
 
@@ -30,6 +30,10 @@ from shared.settings import SERVICES, SharedSettings
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = "bide_template"
+
+# No example has to be quick, and CI tries the same ones each time: it speaks of the change. Long runs look for others.
+hypothesis.settings.register_profile("bide", deadline=None, derandomize="BIDE_TEST_LONG" not in os.environ)
+hypothesis.settings.load_profile("bide")
 
 
 @dataclass(frozen=True, slots=True)
