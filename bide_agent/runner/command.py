@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
-import os
 import signal
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bide_agent.runner.environ import MARK, environ
 from bide_agent.runner.group import Child, start
 from bide_agent.runner.output import Output
 from bide_agent.runtime.session import Session
@@ -25,8 +25,6 @@ from bide_agent.runtime.words import Answer, Asked, Checkpoint, Failed, Message
 
 PROMPT = "{prompt}"
 """Where this stands in an argument, the prompt is put there; else it goes to standard input."""
-SECRETS = ("BIDE_TOKEN",)
-"""What the runner knows and its command need not."""
 TRY_AGAIN = 75
 """EX_TEMPFAIL: the message is delivered again, as after any error of an agent."""
 DRAIN_S = 1.0
@@ -125,16 +123,18 @@ class _Run:
         """
         limits, session = self._command.limits, self._session
         child = await self._start()
-        session.stop_with(lambda: child.signal(signal.SIGKILL))
+        session.stop_with(child.kill)
         saving = asyncio.create_task(self._save_when_asked(child))
+        end = child.stop
         try:
             over = await self._watch(child)
             if over is None:
+                end = child.end  # by itself: what it has put into a session of its own, as servers, is to stay
                 await child.until_drained(DRAIN_S)
         finally:
             saving.cancel()
             try:
-                await child.stop(limits.stop_grace_s)
+                await end(limits.stop_grace_s)
                 await child.until_drained(DRAIN_S)
             finally:
                 child.close()
@@ -148,16 +148,18 @@ class _Run:
         command, session = self._command, self._session
         by_argument = any(PROMPT in one for one in command.arguments)
         folder, resumed = self._folder()
-        if command.saving.file:
-            (folder / command.saving.file).unlink(missing_ok=True)  # an earlier turn's, which this one was not asked
+        asking = folder / command.saving.file if command.saving.file else None
+        if asking:
+            asking.unlink(missing_ok=True)  # an earlier turn's, which this one was not asked
         try:
             child = await start(
                 [one.replace(PROMPT, prompt) for one in command.arguments],
                 folder=folder,
-                environ=_environ(session, command.saving, folder, resumed=resumed),
+                environ=environ(session, resumed=resumed, checkpoint_file=asking),
                 stdin=not by_argument or command.saving.stdin is not None,
                 on_output=self._hear,
                 on_error=self._hear_error,
+                mark=MARK,
             )
         except OSError as error:
             if error.errno == errno.E2BIG:
@@ -236,15 +238,3 @@ class _Run:
 
 class TryAgain(Exception):  # noqa: N818 - said by the command, and meant
     """The command ended with EX_TEMPFAIL."""
-
-
-def _environ(session: Session, saving: Saving, folder: Path, *, resumed: bool) -> dict[str, str]:
-    ours = {
-        "BIDE_WORKSPACE": session.workspace,
-        "BIDE_SESSION": session.id.encode("ascii", "replace").decode().replace("\0", "?"),
-        "BIDE_QUEUE_ID": session.queue_id or "",
-        "BIDE_DELIVERY": str(session.delivery),
-        "BIDE_RESUMED": "1" if resumed else "0",
-        **({"BIDE_CHECKPOINT_FILE": str(folder / saving.file)} if saving.file else {}),
-    }
-    return {**{name: said for name, said in os.environ.items() if name not in SECRETS}, **ours}

@@ -112,7 +112,9 @@ async def test_a_taken_port_is_said_and_not_traced(tmp_path: Path) -> None:
 async def test_a_group_that_is_gone_is_not_stopped_again(tmp_path: Path) -> None:
     def ignore(_: bytes) -> None: ...
 
-    child: Child = await start(["true"], folder=tmp_path, environ={}, stdin=False, on_output=ignore, on_error=ignore)
+    child: Child = await start(
+        ["true"], folder=tmp_path, environ={"OF": "it"}, stdin=False, on_output=ignore, on_error=ignore, mark="OF"
+    )
     await child.exited.wait()
     await child.stop(0)
     assert child.code == 0

@@ -14,11 +14,14 @@ import pytest
 
 from bide_agent import Host
 from bide_agent.runner.command import Command, Limits, Saving
+from bide_agent.runner.descent import PROC
 from bide_agent.runner.group import adopt_orphans, kin
 from bide_agent.runner.output import Output
+from bide_agent.runtime.turns import Turn
 from tests.unit.runtime_kit import URI, alone, direct, events, send, task_of, text_of
 
 KB, MB = 1024, 1024 * 1024
+needs_proc = pytest.mark.skipif(not PROC.exists(), reason="who descends from whom is read from /proc")
 QUICK = Limits(inactivity_s=20.0, stop_grace_s=0.3)
 
 
@@ -27,9 +30,11 @@ def python(program: str, *arguments: str) -> list[str]:
 
 
 @asynccontextmanager
-async def running(state_dir: Path, *command: str, limits: Limits = QUICK, **options: Any) -> AsyncIterator[Host]:
+async def running(
+    state_dir: Path, *command: str, limits: Limits = QUICK, max_concurrent: int = 1, **options: Any
+) -> AsyncIterator[Host]:
     handler = Command(arguments=command, limits=limits, **options)
-    async with alone(handler, state_dir) as host:
+    async with alone(handler, state_dir, max_concurrent=max_concurrent) as host:
         yield host
 
 
@@ -153,12 +158,60 @@ async def test_a_stop_ends_a_child_that_ignores_sigterm_and_its_grandchildren(tm
     assert not [pid for pid in pids if lives(pid)]
 
 
-async def printed(host: Host) -> str:
-    """What the running command has said, once it has said something."""
-    await host.until(lambda: host.active == 1)
-    (turn,) = host._work.turns.running
+RUNAWAY = """
+import os, signal, subprocess, sys, time
+deaf = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(600)"
+gone = [subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)]
+fork = "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+gone += [subprocess.Popen([sys.executable, "-c", fork, deaf], stdout=subprocess.PIPE, start_new_session=True)]
+print(os.getpid(), *(int(one.stdout.readline()) for one in gone), flush=True)
+if sys.stdin.read() == "stays": signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if sys.argv[1:] != ["ends"]: time.sleep(600)
+"""
+"""It starts one process that leaves its group, and one that leaves its parents too. Prints its pid and theirs."""
+
+
+@needs_proc
+@pytest.mark.usefixtures("adopting")
+@pytest.mark.parametrize("text", ["goes", "stays"])
+async def test_a_stop_ends_what_left_the_group_and_leaves_other_turns_alone(tmp_path: Path, text: str) -> None:
+    """A daemon of a stopped turn went on for ever."""
+    async with running(tmp_path, *python(RUNAWAY), max_concurrent=2) as host:
+        stopped = asyncio.create_task(send(host, text, queue_id="q-1"))
+        other = asyncio.create_task(send(host, text, queue_id="q-2", x_bide_session="q-2:1"))
+        pids = {name: [int(word) for word in (await printed(host, name)).split()] for name in ("q-1", "q-2")}
+        assert await direct(host, "stop") == (200, "stopping")
+        assert task_of(await stopped)["status"]["state"] == "canceled"
+        left = {name: [pid for pid in some if lives(pid)] for name, some in pids.items()}
+        print(f"of {pids} are left {left}")
+        assert left == {"q-1": [], "q-2": pids["q-2"]}
+        assert [len(some) for some in pids.values()] == [3, 3]
+        other.cancel()
+    assert not [pid for pid in pids["q-2"] if lives(pid)], "the agent's end is a stop too"
+
+
+@needs_proc
+@pytest.mark.usefixtures("adopting")
+async def test_what_a_command_has_put_into_a_session_of_its_own_stays_when_it_ends_by_itself(tmp_path: Path) -> None:
+    """A server that the next turn wants. No later turn's stop is about it."""
+    async with running(tmp_path, *python(RUNAWAY, "ends")) as host:
+        pids = [int(word) for word in text_of(await send(host)).split()]
+    assert [lives(pid) for pid in pids] == [False, True, True]
+    for pid in pids[1:]:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)  # noqa: ASYNC222 - it has been killed
+
+
+async def printed(host: Host, queue_id: str | None = None) -> str:
+    """What a running command has said, once it has said something."""
+    await host.until(lambda: bool(_of(host, queue_id)))
+    (turn,) = _of(host, queue_id)
     await turn.more_than(0)
     return str(turn.parts[0]["text"])
+
+
+def _of(host: Host, queue_id: str | None) -> list[Turn]:
+    return [turn for turn in host._work.turns.running if queue_id in {None, turn.queue_id}]
 
 
 @pytest.fixture
