@@ -25,6 +25,8 @@ from bide_agent.runtime.words import Answer, Asked, Checkpoint, Failed, Message
 
 PROMPT = "{prompt}"
 """Where this stands in an argument, the prompt is put there; else it goes to standard input."""
+TASK = "{task}"
+"""In the name of the file that asks a command to save, this is the id of the Task."""
 TRY_AGAIN = 75
 """EX_TEMPFAIL: the message is delivered again, as after any error of an agent."""
 DRAIN_S = 1.0
@@ -41,7 +43,8 @@ class Saving:
     signal: int | None = None
     """Sent to the command alone, not to what it has started."""
     file: str | None = None
-    """Relative to the working directory; it gets `{"reason": …, "deadline": …}`."""
+    """Relative to the working directory; it gets `{"reason": …, "deadline": …}`. With `{task}`
+    in it two turns that share a directory are asked each for itself."""
     stdin: str | None = None
     """A line. Standard input then stays open behind the prompt, which ends with a newline."""
 
@@ -113,6 +116,8 @@ class _Run:
         self._output = Output(command.limits.output_chars)
         self._errors: deque[str] = deque(maxlen=64)
         self._asked: Asked | None = None
+        self._asking: Path | None = None
+        """The file that asks it to save, once there is a reason to."""
 
     async def run(self) -> Answer:
         """Start it, watch it, end what is left of it.
@@ -148,14 +153,14 @@ class _Run:
         command, session = self._command, self._session
         by_argument = any(PROMPT in one for one in command.arguments)
         folder, resumed = self._folder()
-        asking = folder / command.saving.file if command.saving.file else None
-        if asking:
-            asking.unlink(missing_ok=True)  # an earlier turn's, which this one was not asked
+        if command.saving.file:
+            self._asking = folder / command.saving.file.replace(TASK, session.task_id)
+            self._asking.unlink(missing_ok=True)  # an earlier turn's, which this one was not asked
         try:
             child = await start(
                 [one.replace(PROMPT, prompt) for one in command.arguments],
                 folder=folder,
-                environ=environ(session, resumed=resumed, checkpoint_file=asking),
+                environ=environ(session, resumed=resumed, checkpoint_file=self._asking),
                 stdin=not by_argument or command.saving.stdin is not None,
                 on_output=self._hear,
                 on_error=self._hear_error,
@@ -213,10 +218,11 @@ class _Run:
         if not saving.is_possible:
             return
         self._asked = asked
-        if saving.file:
-            folder, _ = self._folder()
+        if self._asking:
             deadline = asked.deadline.isoformat() if asked.deadline else None
-            (folder / saving.file).write_text(json.dumps({"reason": asked.reason, "deadline": deadline}))
+            whole = self._asking.with_name(self._asking.name + ".new")
+            whole.write_text(json.dumps({"reason": asked.reason, "deadline": deadline}))
+            whole.replace(self._asking)
         if saving.stdin is not None:
             child.write(saving.stdin.encode() + b"\n", and_close=False)
         if saving.signal is not None:

@@ -30,6 +30,10 @@ ROOT = Path(__file__).parents[2]
         (["run", "--workspace", "w1", "--", "no-such-program"], "there is no program no-such-program"),
         (["run", "--workspace", "w1", "--checkpoint-signal", "LUNCH", "--", "cat"], "there is no signal LUNCH"),
         (["run", "--workspace", "w1", "--exit", "3=tired", "--", "cat"], "'3=tired' is no CODE=STATE"),
+        (
+            ["run", "--workspace", "w1", "--max-concurrent", "2", "--checkpoint-file", "save", "--", "cat"],
+            "as in save-{task}.json",
+        ),
         (["run", "--", "cat"], "--workspace"),
         ([], "verb"),
     ],

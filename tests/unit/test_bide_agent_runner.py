@@ -322,6 +322,21 @@ async def test_a_command_that_is_asked_to_save_and_end_answers_in_part(tmp_path:
     assert task_of(reply)["metadata"][URI] == {"checkpointed": True, "reason": "ceiling"}
 
 
+async def test_turns_that_share_a_directory_are_asked_to_save_each_for_itself(tmp_path: Path) -> None:
+    """One file for both asked whoever looked first, and was removed by whoever began next."""
+    program = "import os; print(os.environ['BIDE_CHECKPOINT_FILE'], flush=True)\n" + SAVES["file"]
+    saving = Saving(file="save-{task}.json")
+    async with running(tmp_path, *python(program), saving=saving, folder=tmp_path / "work", max_concurrent=2) as host:
+        first = asyncio.create_task(send(host, queue_id="q-1"))
+        second = asyncio.create_task(send(host, queue_id="q-2", x_bide_session="q-2:1"))
+        names = {(await printed(host, queue_id)).split()[0] for queue_id in ("q-1", "q-2")}
+        await direct(host, "checkpoint", "ceiling", session_id="q-2:1")
+        assert text_of(await second).endswith("half\n")
+        assert (len(names), host.active) == (2, 1), "the other one was not asked"
+        await direct(host, "checkpoint", "ceiling", id="another")
+        assert text_of(await first).endswith("half\n")
+
+
 @pytest.mark.parametrize("shared", [False, True])
 async def test_a_file_that_asked_one_turn_to_save_asks_not_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, shared: bool
