@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from bide_agent import Answer, Checkpoint, Failed, Host, Message, Session, hosted
-from bide_agent.client import request
+from bide_agent.client import Reply, request
 from bide_agent.runtime import parts
 from bide_agent.runtime.folders import Folders
 from bide_agent.runtime.store import STATE_BYTES_MAX, Store
 from tests.unit.runtime_kit import (
+    TICK,
     URI,
     Steps,
     alone,
@@ -250,6 +251,35 @@ async def test_a_turn_that_made_room_goes_on_from_what_it_saved(tmp_path: Path) 
         reply = await send(host, queue_id="q-1", x_bide_delivery="2")
         assert text_of(reply) == "read, write, test in 2 runs, delivery 2"
         assert host._work.store.saved("q-1") is None, "what has its answer needs no state"
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+async def test_an_edited_schedule_does_not_make_a_fire_run_twice(tmp_path: Path, *, is_answered: bool) -> None:
+    """A redelivered tick has the newest prompt: what has its answer has had its turn, what made room runs with it."""
+
+    async def handle(message: Message, session: Session) -> str:
+        said = f"{message.text} at rev {message.tick['rev'] if message.tick else None}, saved {session.saved}"
+        session.save(message.text)
+        if not is_answered and session.delivery == 1:
+            await session.until_asked()
+            await session.checkpoint()
+        return said
+
+    async def deliver(host: Host, prompt: str, rev: int) -> Reply:
+        return await send(host, prompt, queue_id="q-1", x_bide_delivery=str(rev), metadata={URI: {**TICK, "rev": rev}})
+
+    async with alone(handle, tmp_path) as host:
+        first = asyncio.create_task(deliver(host, "old prompt", 1))
+        if not is_answered:
+            await host.until(lambda: host.active == 1)
+            await direct(host, "checkpoint", "critical_waiting")
+        first_reply, again = await first, await deliver(host, "new prompt", 2)
+    if is_answered:
+        assert text_of(first_reply) == "old prompt at rev 1, saved None"
+        assert again.body == first_reply.body
+    else:
+        assert first_reply.json()["error"]["data"] == {"code": "preempted"}
+        assert text_of(again) == "new prompt at rev 2, saved old prompt"
 
 
 async def test_a_near_ceiling_is_told_and_ends_nothing(tmp_path: Path) -> None:
