@@ -300,6 +300,21 @@ async def test_a_near_ceiling_is_told_and_ends_nothing(tmp_path: Path) -> None:
         assert text_of(await sent) == "all, although ceiling_near"
 
 
+async def test_before_a_restart_all_that_runs_is_saved(tmp_path: Path) -> None:
+    """A-L-19: its session names no delivery, and the runtime took it for somebody else's."""
+
+    async def handle(message: Message, session: Session) -> str:
+        await session.until_asked()
+        await session.checkpoint(f"half of {message.text}")
+        return "never"
+
+    async with alone(handle, tmp_path, max_concurrent=2) as host:
+        sent = [asyncio.create_task(send(host, name, queue_id=name, x_bide_session=f"{name}:1")) for name in "ab"]
+        await host.until(lambda: host.active == 2)
+        assert await direct(host, "checkpoint", "restart", session_id="restart:w1:3:8") == (200, "asked")
+        assert [text_of(await one) for one in sent] == ["half of a", "half of b"]
+
+
 async def test_what_must_end_outranks_what_was_asked_as_a_favour(tmp_path: Path) -> None:
     steps = Steps()
 
@@ -649,6 +664,12 @@ async def test_an_agent_lets_nobody_in_before_it_knows_bide_and_then_bide_alone(
             assert (await send(host, authorization="Bearer guessed")).status == 401
             assert (await send(host)).status == 200
             assert (await direct(host, "stop"))[0] == 409
+
+
+async def test_a_bide_without_a_secret_is_let_in_too(tmp_path: Path) -> None:
+    """It was refused as unknown for ever, and told that the agent is busy."""
+    async with fake_bide(delivery=None) as bide, behind(bide, echo, tmp_path) as host:
+        assert (await send(host, authorization="")).status == 200
 
 
 def test_what_is_remembered_of_items_is_bounded(tmp_path: Path) -> None:
