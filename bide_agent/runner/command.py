@@ -10,6 +10,7 @@ import asyncio
 import errno
 import json
 import signal
+import sqlite3
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -181,7 +182,8 @@ class _Run:
         resumed = isinstance(saved, dict) and "folder" in saved
         folder = self._command.folder or (Path(saved["folder"]) if resumed else self._session.folder)
         (folder := folder.absolute()).mkdir(parents=True, exist_ok=True)  # the command, in it, is told of it
-        self._session.save({"folder": str(folder)})
+        with suppress(sqlite3.Error):  # a full disk; then the next delivery begins anew
+            self._session.save({"folder": str(folder)})
         return folder, resumed
 
     def _hear(self, data: bytes) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from bide_agent import Answer, Checkpoint, Failed, Host, Message, Session, hoste
 from bide_agent.client import Reply, request
 from bide_agent.runtime import parts
 from bide_agent.runtime.folders import Folders
-from bide_agent.runtime.store import STATE_BYTES_MAX, Store
+from bide_agent.runtime.store import Store
 from tests.unit.runtime_kit import (
     TICK,
     URI,
@@ -164,6 +163,21 @@ async def test_an_empty_name_of_a_message_is_none(tmp_path: Path) -> None:
         await host.until(lambda: host.active == 2)
         steps.go_on.set()
         assert [text_of(await one) for one in both] == ["one", "two"]
+
+
+@pytest.mark.parametrize("end", [SystemExit(3), GeneratorExit(), asyncio.CancelledError()])
+async def test_a_handler_that_would_end_its_process_ends_its_turn(tmp_path: Path, end: BaseException) -> None:
+    """A library that calls `sys.exit` took the agent along, with all that it had in hand."""
+
+    async def handle(message: Message, _session: Session) -> str:
+        if message.text == "end":
+            raise end
+        return message.text
+
+    async with alone(handle, tmp_path) as host:
+        error = (await send(host, "end", queue_id="q-1")).json()["error"]
+        assert (error["code"], error["message"].split(":")[0]) == (-32603, "The agent failed")
+        assert text_of(await send(host, "next", queue_id="q-2")) == "next"
 
 
 async def test_what_failed_runs_again(tmp_path: Path) -> None:
@@ -672,43 +686,6 @@ async def test_a_bide_without_a_secret_is_let_in_too(tmp_path: Path) -> None:
         assert (await send(host, authorization="")).status == 200
 
 
-def test_what_is_remembered_of_items_is_bounded(tmp_path: Path) -> None:
-    with Store(tmp_path / "items.sqlite", remembered=3, bytes_max=100) as store:
-        for number in range(5):
-            store.keep_answer(f"q-{number}", f"t-{number}", {"n": number})
-        assert [store.answer(f"q-{number}") for number in range(5)] == [None, None, {"n": 2}, {"n": 3}, {"n": 4}]
-        assert store.answer_of_task("t-4") == {"n": 4}
-        store.keep_answer("q-9", "t-9", {"n": "x" * 200})
-        assert store.answer("q-9"), "the newest is kept, however large"
-        assert store.answer("q-4") is None
-        with pytest.raises(ValueError, match="bytes of state"):
-            store.save("q-1", "x" * STATE_BYTES_MAX)
-        with pytest.raises(TypeError):
-            store.save("q-1", object())
-    assert (tmp_path / "items.sqlite").stat().st_mode & 0o777 == 0o600
-
-
-def test_saving_costs_the_same_however_much_is_kept(tmp_path: Path) -> None:
-    """It is done in the agent's loop, between two tool calls."""
-    with Store(tmp_path / "items.sqlite") as store:
-        empty_s = took_s(store)
-        for number in range(60):
-            store.save(f"q-{number}", "x" * 1_000_000)
-        full_s = took_s(store)
-    print(f"saved in {empty_s * 1000:.2f} ms, with 60 MB kept in {full_s * 1000:.2f} ms")
-    assert full_s < 0.1, "it was 0.2 s when each trim read all that is kept"
-
-
-def took_s(store: Store) -> float:
-    """The best of a few: how busy the machine is, is not the question."""
-    times = []
-    for step in range(5):
-        began_at = time.perf_counter()
-        store.save("q", {"step": step})
-        times.append(time.perf_counter() - began_at)
-    return min(times)
-
-
 async def test_folders_beyond_a_number_are_removed_but_never_one_in_use(tmp_path: Path) -> None:
     folders = Folders(tmp_path, lambda: ["c-0"], kept=2)
     made = []
@@ -758,10 +735,3 @@ async def test_tasks_whose_answers_are_kept_on_disk_are_not_kept_in_memory_too(t
         assert (list(host._work._tasks), list(host._work._past)) == ([], [other["id"]])
         for one in (task, other):
             assert (await ask(host, "tasks/get", one["id"]))["result"] == one
-
-
-def test_a_state_file_that_is_none_of_ours_is_said(tmp_path: Path) -> None:
-    (tmp_path / "items.sqlite").write_text("my own notes, and long enough not to be a header" * 10)
-    with pytest.raises(OSError, match="not a database"):
-        Store(tmp_path / "items.sqlite")
-    assert (tmp_path / "items.sqlite").read_text().startswith("my own notes")
