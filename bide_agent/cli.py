@@ -45,6 +45,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     default, limits = Options(workspace=""), Limits()
     say = parser.add_argument
+    parser.epilog = "The prompt goes to the command's standard input, or where {prompt} stands in an argument."
     say("--workspace", required=True, help="the workspace it sits in")
     say("--bide", default=os.environ.get("BIDE_URL"), help="base URL of the proxy (BIDE_URL); none: it stands alone")
     say("--token", default=os.environ.get("BIDE_TOKEN", ""), help="enrolment or admin token (BIDE_TOKEN)")
@@ -117,6 +118,8 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, command: Se
     )
     names = ("workspace", "bide", "token", "host", "port", "url", "max_concurrent", "heartbeat_s", "state_dir")
     options: dict[str, Any] = {name: getattr(given, name) for name in (*names, "description", "grace_s")}
+    for name in [name for name, said in os.environ.items() if given.token and said == given.token]:
+        del os.environ[name]  # whatever it is called: the command's environment is made of this one
     adopt_orphans()
     try:
         # What is canceled may need the whole grace to end its command.

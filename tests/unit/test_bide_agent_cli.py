@@ -75,6 +75,17 @@ def test_a_program_named_by_a_relative_path_is_found_from_its_working_directory_
     assert served == [[str(tmp_path / "mine.sh"), "./word"], ["cat", "-"]]
 
 
+def test_a_command_sees_the_token_under_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """README has it in TOKEN; a command may be a model that looks around."""
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(cli, "serve", lambda *_, **__: seen.update(os.environ))
+    monkeypatch.setattr(cli, "adopt_orphans", lambda: None)
+    for name, said in (("TOKEN", "secret"), ("BIDE_TOKEN", "secret"), ("OTHER", "kept")):
+        monkeypatch.setenv(name, said)
+    assert cli.main(["run", "--workspace", "w1", "--", "cat"]) == 0
+    assert (seen["OTHER"], "secret" in seen.values()) == ("kept", False)
+
+
 @asynccontextmanager
 async def program(folder: Path, *words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     """`python -m bide_agent run`, and where it serves."""
