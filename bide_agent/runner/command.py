@@ -179,7 +179,7 @@ class _Run:
     def _folder(self) -> tuple[Path, bool]:
         """Where to work, and whether an earlier delivery of the same message did so before."""
         saved = self._session.saved
-        resumed = isinstance(saved, dict) and "folder" in saved
+        resumed = isinstance(saved, dict) and "folder" in saved and Path(saved["folder"]).is_dir()  # it may be removed
         folder = self._command.folder or (Path(saved["folder"]) if resumed else self._session.folder)
         (folder := folder.absolute()).mkdir(parents=True, exist_ok=True)  # the command, in it, is told of it
         with suppress(sqlite3.Error):  # a full disk; then the next delivery begins anew

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -357,14 +358,17 @@ async def test_a_file_that_asked_one_turn_to_save_asks_not_the_next(
     assert text_of(again) == "begun\n"
 
 
-async def test_a_command_that_made_room_is_run_again_where_it_was(tmp_path: Path) -> None:
-    """A tick's second delivery has another contextId, and is the same message."""
+@pytest.mark.parametrize(("is_kept", "said"), [(True, "so far\n"), (False, "begun\n")])
+async def test_a_command_that_made_room_is_run_again_where_it_was(tmp_path: Path, said: str, *, is_kept: bool) -> None:
+    """A tick's second delivery may have another contextId, and is the same message. Old directories are removed."""
     program = "if [ $BIDE_RESUMED = 1 ]; then cat notes; else trap 'echo so far > notes; exit 0' USR1; echo begun; "
-    program += "while :; do sleep 0.02; done; fi"
+    program += "[ $BIDE_DELIVERY = 2 ] && exit; while :; do sleep 0.02; done; fi"
     async with running(tmp_path, "sh", "-c", program, saving=WAYS["signal"]) as host:
         sent = asyncio.create_task(send(host, queue_id="q-1", context_id="c-1"))
         await printed(host)
         await direct(host, "checkpoint", "critical_waiting")
         assert (await sent).json()["error"]["data"] == {"code": "preempted"}
-        again = await send(host, queue_id="q-1", context_id="c-2", x_bide_session="q-1:2")
-    assert text_of(again) == "so far\n"
+        if not is_kept:
+            shutil.rmtree(tmp_path / "w1/sessions")
+        again = await send(host, queue_id="q-1", context_id="c-2", x_bide_session="q-1:2", x_bide_delivery="2")
+    assert text_of(again) == said
