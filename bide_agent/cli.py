@@ -13,7 +13,7 @@ from typing import Any
 
 from bide_agent.check.program import NONE_CAME, Wanted
 from bide_agent.check.program import run as check
-from bide_agent.runner.command import Command, Limits, Saving
+from bide_agent.runner.command import TASK, Command, Limits, Saving
 from bide_agent.runner.group import adopt_orphans
 from bide_agent.runtime.host import serve
 from bide_agent.runtime.options import Options
@@ -45,6 +45,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     default, limits = Options(workspace=""), Limits()
     say = parser.add_argument
+    parser.epilog = "The prompt goes to the command's standard input, or where {prompt} stands in an argument."
     say("--workspace", required=True, help="the workspace it sits in")
     say("--bide", default=os.environ.get("BIDE_URL"), help="base URL of the proxy (BIDE_URL); none: it stands alone")
     say("--token", default=os.environ.get("BIDE_TOKEN", ""), help="enrolment or admin token (BIDE_TOKEN)")
@@ -62,7 +63,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     say("--grace-s", type=float, default=default.grace_s, help="what running turns get at the agent's own SIGTERM")
     say("--output-chars", type=int, default=limits.output_chars, help="longest answer; the middle is left out")
     say("--checkpoint-signal", type=_signal, metavar="NAME", help="asks it to save and end, as in USR1")
-    say("--checkpoint-file", metavar="NAME", help="written in its working directory for the same")
+    say(
+        "--checkpoint-file",
+        metavar="NAME",
+        help="written in its working directory for the same; its path is in BIDE_CHECKPOINT_FILE",
+    )
     say("--checkpoint-stdin", metavar="LINE", help="written to its standard input for the same")
     say(
         "--exit", action="append", default=[], type=_exit, metavar="CODE=STATE",
@@ -93,6 +98,8 @@ def _check(given: argparse.Namespace, command: Sequence[str]) -> int:
 def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, command: Sequence[str]) -> int:
     if not command:
         parser.error("no command: write it behind --, as in bide-agent run --workspace w1 -- codex exec -")
+    if given.max_concurrent > 1 and TASK not in (given.checkpoint_file or TASK):
+        parser.error(f"two turns may share a directory: put {TASK} into --checkpoint-file, as in save-{TASK}.json")
     if shutil.which(command[0]) is None:
         parser.error(f"there is no program {command[0]}")
     # It will run in another directory than this one.
@@ -111,6 +118,8 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace, command: Se
     )
     names = ("workspace", "bide", "token", "host", "port", "url", "max_concurrent", "heartbeat_s", "state_dir")
     options: dict[str, Any] = {name: getattr(given, name) for name in (*names, "description", "grace_s")}
+    for name in [name for name, said in os.environ.items() if given.token and said == given.token]:
+        del os.environ[name]  # whatever it is called: the command's environment is made of this one
     adopt_orphans()
     try:
         # What is canceled may need the whole grace to end its command.

@@ -91,13 +91,14 @@ class Heart:
         body = self._body
         reply = await self._post("/registry/register", body.registration())
         told = reply.json()
-        if reply.status != 200:  # noqa: PLR2004 - HTTP
+        if reply.status != 200 or "delivery_token" not in told:  # noqa: PLR2004 - HTTP; a gateway may say 200 too
             self._say("registration_refused", status=reply.status, detail=told.get("detail"))
             return False
         if isinstance(told.get("auth_token"), str):  # told once; afterwards the kept one goes on
             body.tokens.keep(told["auth_token"])
-        if isinstance(told.get("delivery_token"), str):
-            body.tokens.delivery = told["delivery_token"]
+        body.tokens.delivery = told["delivery_token"]
+        if body.tokens.delivery is None:
+            self._say("everybody_is_let_in", reason="this Bide has no BIDE_DELIVERY_SECRET to show itself by")
         self.incarnation = told.get("incarnation")
         self.registered.set()
         body.news_of_heart()

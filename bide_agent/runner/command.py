@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
-import os
 import signal
+import sqlite3
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bide_agent.runner.environ import MARK, environ
 from bide_agent.runner.group import Child, start
 from bide_agent.runner.output import Output
 from bide_agent.runtime.session import Session
@@ -25,8 +26,8 @@ from bide_agent.runtime.words import Answer, Asked, Checkpoint, Failed, Message
 
 PROMPT = "{prompt}"
 """Where this stands in an argument, the prompt is put there; else it goes to standard input."""
-SECRETS = ("BIDE_TOKEN",)
-"""What the runner knows and its command need not."""
+TASK = "{task}"
+"""In the name of the file that asks a command to save, this is the id of the Task."""
 TRY_AGAIN = 75
 """EX_TEMPFAIL: the message is delivered again, as after any error of an agent."""
 DRAIN_S = 1.0
@@ -43,7 +44,8 @@ class Saving:
     signal: int | None = None
     """Sent to the command alone, not to what it has started."""
     file: str | None = None
-    """Relative to the working directory; it gets `{"reason": …, "deadline": …}`."""
+    """Relative to the working directory; it gets `{"reason": …, "deadline": …}`. With `{task}`
+    in it two turns that share a directory are asked each for itself."""
     stdin: str | None = None
     """A line. Standard input then stays open behind the prompt, which ends with a newline."""
 
@@ -115,6 +117,8 @@ class _Run:
         self._output = Output(command.limits.output_chars)
         self._errors: deque[str] = deque(maxlen=64)
         self._asked: Asked | None = None
+        self._asking: Path | None = None
+        """The file that asks it to save, once there is a reason to."""
 
     async def run(self) -> Answer:
         """Start it, watch it, end what is left of it.
@@ -125,16 +129,18 @@ class _Run:
         """
         limits, session = self._command.limits, self._session
         child = await self._start()
-        session.stop_with(lambda: child.signal(signal.SIGKILL))
+        session.stop_with(child.kill)
         saving = asyncio.create_task(self._save_when_asked(child))
+        end = child.stop
         try:
             over = await self._watch(child)
             if over is None:
+                end = child.end  # by itself: what it has put into a session of its own, as servers, is to stay
                 await child.until_drained(DRAIN_S)
         finally:
             saving.cancel()
             try:
-                await child.stop(limits.stop_grace_s)
+                await end(limits.stop_grace_s)
                 await child.until_drained(DRAIN_S)
             finally:
                 child.close()
@@ -149,15 +155,17 @@ class _Run:
         by_argument = any(PROMPT in one for one in command.arguments)
         folder, resumed = self._folder()
         if command.saving.file:
-            (folder / command.saving.file).unlink(missing_ok=True)  # an earlier turn's, which this one was not asked
+            self._asking = folder / command.saving.file.replace(TASK, session.task_id)
+            self._asking.unlink(missing_ok=True)  # an earlier turn's, which this one was not asked
         try:
             child = await start(
                 [one.replace(PROMPT, prompt) for one in command.arguments],
                 folder=folder,
-                environ=_environ(session, command.saving, folder, resumed=resumed),
+                environ=environ(session, resumed=resumed, checkpoint_file=self._asking),
                 stdin=not by_argument or command.saving.stdin is not None,
                 on_output=self._hear,
                 on_error=self._hear_error,
+                mark=MARK,
             )
         except OSError as error:
             if error.errno == errno.E2BIG:
@@ -171,10 +179,11 @@ class _Run:
     def _folder(self) -> tuple[Path, bool]:
         """Where to work, and whether an earlier delivery of the same message did so before."""
         saved = self._session.saved
-        resumed = isinstance(saved, dict) and "folder" in saved
+        resumed = isinstance(saved, dict) and "folder" in saved and Path(saved["folder"]).is_dir()  # it may be removed
         folder = self._command.folder or (Path(saved["folder"]) if resumed else self._session.folder)
         (folder := folder.absolute()).mkdir(parents=True, exist_ok=True)  # the command, in it, is told of it
-        self._session.save({"folder": str(folder)})
+        with suppress(sqlite3.Error):  # a full disk; then the next delivery begins anew
+            self._session.save({"folder": str(folder)})
         return folder, resumed
 
     def _hear(self, data: bytes) -> None:
@@ -211,10 +220,11 @@ class _Run:
         if not saving.is_possible:
             return
         self._asked = asked
-        if saving.file:
-            folder, _ = self._folder()
+        if self._asking:
             deadline = asked.deadline.isoformat() if asked.deadline else None
-            (folder / saving.file).write_text(json.dumps({"reason": asked.reason, "deadline": deadline}))
+            whole = self._asking.with_name(self._asking.name + ".new")
+            whole.write_text(json.dumps({"reason": asked.reason, "deadline": deadline}))
+            whole.replace(self._asking)
         if saving.stdin is not None:
             child.write(saving.stdin.encode() + b"\n", and_close=False)
         if saving.signal is not None:
@@ -236,15 +246,3 @@ class _Run:
 
 class TryAgain(Exception):  # noqa: N818 - said by the command, and meant
     """The command ended with EX_TEMPFAIL."""
-
-
-def _environ(session: Session, saving: Saving, folder: Path, *, resumed: bool) -> dict[str, str]:
-    ours = {
-        "BIDE_WORKSPACE": session.workspace,
-        "BIDE_SESSION": session.id.encode("ascii", "replace").decode().replace("\0", "?"),
-        "BIDE_QUEUE_ID": session.queue_id or "",
-        "BIDE_DELIVERY": str(session.delivery),
-        "BIDE_RESUMED": "1" if resumed else "0",
-        **({"BIDE_CHECKPOINT_FILE": str(folder / saving.file)} if saving.file else {}),
-    }
-    return {**{name: said for name, said in os.environ.items() if name not in SECRETS}, **ours}

@@ -1,5 +1,6 @@
 """A command as a process group of its own: what it writes is drained always, and all of the group ends.
 
+What has left the group ends with it where the command is stopped, and stays where it ended by itself (`descent.py`).
 Both pipes are read in callbacks, whatever the command and its caller do meanwhile: a full pipe stops nobody. Standard
 input is closed, or gets the prompt and is closed; a command that never reads it keeps nobody waiting either.
 """
@@ -15,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
+
+from bide_agent.runner.descent import Descent, Process
 
 LOOK_EVERY_S = 0.02
 KILLED_WITHIN_S = 5.0
@@ -44,9 +47,10 @@ kin = _Kin()
 
 
 class Child(asyncio.SubprocessProtocol):
-    """One command and all that it starts in its group."""
+    """One command and all that it starts."""
 
-    def __init__(self, on_output: Callable[[bytes], None], on_error: Callable[[bytes], None]) -> None:
+    def __init__(self, on_output: Callable[[bytes], None], on_error: Callable[[bytes], None], descent: Descent) -> None:
+        self._descent = descent
         self._hear = {1: on_output, 2: on_error}
         self._open = {1, 2}
         self._loop = asyncio.get_running_loop()
@@ -99,33 +103,44 @@ class Child(asyncio.SubprocessProtocol):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
+    def kill(self) -> None:
+        """All of it, at once: the group, and what has left it."""
+        self._signal_all(signal.SIGKILL)
+
     async def until_drained(self, within_s: float) -> None:
         """Wait for the end of its output; a grandchild may hold it open."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self.drained.wait()
 
-    async def stop(self, grace_s: float) -> None:
+    async def end(self, grace_s: float) -> None:
         """End what is left of the group: SIGTERM, after `grace_s` SIGKILL; come back when nothing is."""
         if self._is_gone():
             return
         self.signal(signal.SIGTERM)
-        if not await self._gone_within(grace_s):
+        if not await _holds_within(grace_s, self._is_gone):
             self.signal(signal.SIGKILL)
-            await self._gone_within(KILLED_WITHIN_S)
+            await _holds_within(KILLED_WITHIN_S, self._is_gone)
+
+    async def stop(self, grace_s: float) -> None:
+        """End the group, and what has left it, in the same way."""
+        self._signal_all(signal.SIGTERM)
+        if not await _holds_within(grace_s, self._is_all_gone):
+            self.kill()
+            await _holds_within(KILLED_WITHIN_S, self._is_all_killed)
 
     def close(self) -> None:
         """Close what is left of its pipes."""
         self._transport.close()
         kin.reap_strays()
 
-    async def _gone_within(self, seconds: float) -> bool:
-        due = self._loop.time() + seconds
-        while not self._is_gone():
-            if self._loop.time() >= due:
-                return False
-            await asyncio.sleep(LOOK_EVERY_S)  # a group tells nobody that it is empty
-        return True
+    def _signal_all(self, number: int) -> None:
+        outside = self._outside(self._descent.look())  # first: what loses its parent may lose its descent
+        if not self._is_gone():
+            self.signal(number)
+        for one in outside:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(one.pid, number)
 
     def _is_gone(self) -> bool:
         if not self.exited.is_set():
@@ -139,11 +154,42 @@ class Child(asyncio.SubprocessProtocol):
             return False
         return False
 
+    def _is_all_gone(self) -> bool:
+        return (
+            self._is_gone()
+            and not self._outside(self._descent.look_again())
+            and not self._outside(self._descent.look())
+        )
+
+    def _is_all_killed(self) -> bool:
+        if self._is_all_gone():
+            return True
+        self.kill()  # what was started since the last look
+        return False
+
+    def _outside(self, processes: list[Process]) -> list[Process]:
+        """Those that run and have left the group. What has ended is waited for."""
+        for one in processes:
+            if one.has_ended and one.pid not in kin.commands and one.parent == os.getpid():
+                with suppress(ChildProcessError):
+                    os.waitpid(one.pid, os.WNOHANG)
+        return [one for one in processes if not one.has_ended and one.group != self.pid]
+
     def _reap(self) -> None:
         """Take the exit codes of grandchildren that became ours; the child's own was asyncio's to take."""
         with suppress(ChildProcessError):
             while os.waitpid(-self.pid, os.WNOHANG)[0]:
                 pass
+
+
+async def _holds_within(seconds: float, holds: Callable[[], bool]) -> bool:
+    loop = asyncio.get_running_loop()
+    due = loop.time() + seconds
+    while not holds():
+        if loop.time() >= due:
+            return False
+        await asyncio.sleep(LOOK_EVERY_S)  # processes that are not ours tell nobody that they have ended
+    return True
 
 
 async def start(
@@ -154,12 +200,17 @@ async def start(
     stdin: bool,
     on_output: Callable[[bytes], None],
     on_error: Callable[[bytes], None],
+    mark: str,
 ) -> Child:
-    """Start a command in a session of its own. Raises `OSError`: it cannot be started."""
+    """Start a command in a session of its own; the variable `mark` of `environ` is like no other command's.
+
+    Raises:
+        OSError: it cannot be started.
+    """
     kin.starting += 1
     try:
         _, child = await asyncio.get_running_loop().subprocess_exec(
-            lambda: Child(on_output, on_error),
+            lambda: Child(on_output, on_error, Descent(f"{mark}={environ[mark]}")),
             *command,
             cwd=folder,
             env=environ,

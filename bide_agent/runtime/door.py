@@ -1,6 +1,7 @@
 """The routes of an agent, and who may pass: Bide alone, once it has told the agent what it will show.
 
-Before that, an agent that belongs to a Bide answers 503 with Retry-After: it cannot know who calls.
+Before that, an agent that belongs to a Bide answers 503 with Retry-After: it cannot know who calls. Where Bide has no
+`BIDE_DELIVERY_SECRET` it shows nothing, and everybody is let in.
 """
 
 from __future__ import annotations

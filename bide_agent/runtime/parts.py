@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 from bide_agent.calls import Dialect
@@ -81,11 +82,9 @@ def jsonable(given: _Given) -> _Given:
 def joined(parts: Iterable[Part]) -> list[Part]:
     """The same with neighbouring plain texts made one: chunks of a stream are no paragraphs."""
     whole: list[Part] = []
-    for part in parts:
-        if whole and part.keys() == whole[-1].keys() == {"text"}:
-            whole[-1] = {"text": whole[-1]["text"] + part["text"]}
-        else:
-            whole.append(part)
+    for is_plain, some in groupby(parts, lambda part: part.keys() == {"text"}):
+        alike = list(some)
+        whole += [{"text": "".join(part["text"] for part in alike)}] if is_plain else alike
     return whole
 
 

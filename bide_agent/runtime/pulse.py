@@ -80,7 +80,8 @@ class Pulse:
 
     @property
     def lets_everybody_in(self) -> bool:
-        return self._heart is None
+        """It belongs to no Bide, or to one that shows nothing when it calls."""
+        return self._heart is None or (self.is_registered and self.tokens.delivery is None)
 
     @property
     def beats(self) -> int:

@@ -47,7 +47,7 @@ def adapted(given: Handler | Executor) -> Handler:
 
     async def handle(message: Message, session: Session) -> AsyncIterator[Any]:
         context, events = sdk.context(message, session), _Events()
-        running = asyncio.create_task(executor.execute(context, events))
+        running = asyncio.create_task(_execute(executor, context, events))
         running.add_done_callback(lambda _: events.queue.put_nowait(None))
         told = _Told()
         try:
@@ -67,6 +67,13 @@ def adapted(given: Handler | Executor) -> Handler:
         yield told.answer()
 
     return handle
+
+
+async def _execute(executor: Executor, context: Any, events: _Events) -> None:
+    try:
+        await executor.execute(context, events)
+    except SystemExit as error:  # asyncio would let it end the agent
+        raise RuntimeError("the executor asked its process to exit") from error
 
 
 class _Events:

@@ -1,7 +1,8 @@
 """What an agent remembers of items beyond its own life: their answers, and what was saved of unfinished ones.
 
 One SQLite file per workspace, or memory. Bounded: the newest of each are kept, by number and by size. A file that
-cannot be written costs the memory of that answer and never the answer.
+cannot be written costs the memory of that answer and never the answer; one that is broken is set aside, and costs what
+it remembered.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sqlite3
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,17 +43,15 @@ class Store:
     """Two small tables by `X-Queue-Id`. May be used from any thread."""
 
     def __init__(self, path: Path | None, *, remembered: int = REMEMBERED, bytes_max: int = BYTES_MAX) -> None:
-        """Open it. Raises `OSError`: it cannot be, or is no file of ours."""
+        """Open it. Raises `OSError`: it cannot be."""
         self._limits = (remembered, bytes_max)
         self._lock = threading.Lock()
         if path is not None:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # answers are for their owner's eyes
-        self._db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
         try:
-            self._db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {_SCHEMA}")
-        except sqlite3.Error as error:
-            self._db.close()
+            self._db = _opened(path)
+        except sqlite3.OperationalError as error:
             raise OSError(f"{path}: {error}") from None
 
     def __enter__(self) -> Self:
@@ -120,6 +120,34 @@ class Store:
     def _trim(self, table: str) -> None:
         with self._lock:
             self._db.execute(_TRIM.format(table=table), self._limits)
+
+
+def _opened(path: Path | None) -> sqlite3.Connection:
+    """Open the file, anew where what is there is broken: an agent that does not start is deaf to everything."""
+    try:
+        return _checked(path)
+    except sqlite3.OperationalError:  # it cannot be opened, or the disk is full
+        raise
+    except sqlite3.DatabaseError as error:
+        assert path is not None, "memory does not break"
+        log.warning("state_set_aside path=%s error=%r", path, str(error))
+        for end in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                Path(f"{path}{end}").replace(f"{path}.broken{end}")
+        return _checked(path)
+
+
+def _checked(path: Path | None) -> sqlite3.Connection:
+    db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
+    try:
+        db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {_SCHEMA}")
+        (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
 
 
 def _written(said: Any) -> bytes:

@@ -19,7 +19,7 @@ from bide_agent.decide import NEVER_EARLY
 from bide_agent.runtime.parts import Part, joined
 from bide_agent.runtime.words import SHUTDOWN, Asked
 from bide_agent.tasks import TaskState
-from bide_agent.turns import FOREIGN
+from bide_agent.turns import FOREIGN, RESTART
 
 HARD = NEVER_EARLY | {SHUTDOWN}
 """What a turn is asked for one of these reasons outranks what it was asked as a favour."""
@@ -173,7 +173,9 @@ class Turns:
         return next((turn for turn in self.running if turn.queue_id == queue_id), None)
 
     def of_session(self, session_id: str) -> list[Turn]:
-        """What runs in a session of Bide's; in a foreign one, the turns that nobody waits for any more."""
+        """What runs in a session of Bide's; in a foreign one, the turns that nobody waits for; in a restart, all."""
+        if session_id.startswith(RESTART):
+            return self.running
         if session_id.startswith(FOREIGN):
             return [turn for turn in self.running if turn.is_orphan]
         return [turn for turn in self.running if session_id in turn.session_ids]

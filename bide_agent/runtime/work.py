@@ -28,7 +28,7 @@ from bide_agent.shapes import EXTENSION
 from bide_agent.tasks import TaskState
 
 TASKS_REMEMBERED = 100
-"""Tasks that have ended and whose answers the store does not keep: failed, canceled, or not through Bide."""
+"""Tasks that have ended and whose answers the store does not keep: failed, canceled, not through Bide, or no room."""
 _OF_ITEM = uuid.UUID("6f9b5d58-2f4b-4a53-8a7b-0d7c6c1f2a61")
 """Names the contextIds that are made for messages without one: the same item, the same conversation."""
 
@@ -70,7 +70,12 @@ class Work:
             log.info("attached queue_id=%s session=%s", queue_id, session_id)
             return running
         kept = self.store.answer(queue_id)
-        return None if kept is None else told.again(kept)
+        return self._past_answer(queue_id) if kept is None else told.again(kept)
+
+    def _past_answer(self, queue_id: str) -> Turn | None:
+        """An answer that the disk did not take."""
+        answered = (turn for turn in self._past.values() if turn.ending is not None and turn.ending.is_kept)
+        return next((turn for turn in answered if turn.queue_id == queue_id), None)
 
     def attach(self, turn: Turn, queue_id: str | None, session_id: str | None) -> None:
         """Know a turn by one more session: of a delivery that joined it, or one that only asks for its Task."""
@@ -114,7 +119,7 @@ class Work:
             turn.end(Ending.FAILED, TaskState.FAILED, note=str(failed))
         except asyncio.CancelledError:
             _end_canceled(turn)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # what a handler calls may think that it is a program
             log.exception("handler_failed queue_id=%s", turn.queue_id)
             turn.end(Ending.BROKEN, TaskState.FAILED, note=f"The agent failed: {type(error).__name__}.")
         else:

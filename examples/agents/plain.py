@@ -36,7 +36,7 @@ class Agent:
         self.boot_id = str(uuid.uuid4())  # another one each time: Bide sees that the process is new
         self.slot = threading.Lock()
         self.changed = threading.Event()
-        self.delivery_token = ""
+        self.delivery_token: str | None = ""  # not told yet; None: this Bide shows nothing
         self.answers: dict[str, dict[str, Any]] = {}
 
     def answer(self, text: str) -> dict[str, Any]:
@@ -108,8 +108,13 @@ class Door(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-        shown = self.headers.get("Authorization", "")
-        if not hmac.compare_digest(shown.encode(), f"Bearer {self.agent.delivery_token}".encode()):
+        shown, token = self.headers.get("Authorization", ""), self.agent.delivery_token
+        if token == "":
+            self.reply(
+                503, {"detail": "This agent has not registered yet, and cannot know who calls."}, {"Retry-After": "1"}
+            )
+            return
+        if token is not None and not hmac.compare_digest(shown.encode(), f"Bearer {token}".encode()):
             self.reply(401, {"detail": "Only Bide may call this agent."})
             return
         request = json.loads(body)

@@ -19,6 +19,7 @@ from a2a.server.tasks import TaskUpdater
 from bide_agent import hosted
 from bide_agent.client import request
 
+TEXTS = ("message", "fail", "raise", "exit", "ask", "work")
 IS_10 = not hasattr(types, "MessageSendParams")
 
 
@@ -44,6 +45,8 @@ class Executor(AgentExecutor):
             return
         if text == "raise":
             raise ValueError(text)
+        if text == "exit":
+            sys.exit(3)
         if text == "ask":
             await updater.requires_input(updater.new_agent_message([part("which one?")]))
             return
@@ -64,7 +67,7 @@ async def main() -> None:
     executor = Executor()
     with tempfile.TemporaryDirectory() as folder:
         async with hosted(executor, workspace="w1", state_dir=Path(folder), grace_s=0.0) as host:
-            said = {text: await send(host.url, text) for text in ("message", "fail", "raise", "ask", "work")}
+            said = {text: await send(host.url, text) for text in TEXTS}
             staying = asyncio.create_task(send(host.url, "stay"))
             await host.until(lambda: host.active == 1)
             stop = {"id": "d", "kind": "stop", "reason": "ceiling", "session_id": "stay"}

@@ -131,6 +131,7 @@ async def test_an_executor_of_either_sdk_is_a_handler(version: str) -> None:
         "message": ["completed", "a message"],
         "fail": ["failed", "no such file"],
         "raise": [-32603, "The agent failed: ValueError."],
+        "exit": [-32603, "The agent failed: RuntimeError."],
         "ask": ["input-required", "which one?"],
         "work": ["completed", "one two"],
         "stay": ["canceled", "one "],

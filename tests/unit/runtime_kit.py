@@ -16,16 +16,19 @@ from tests.unit.test_bide_agent_heart import FakeBide, serving
 
 URI = "urn:bide:queue:1"
 SESSION = "q-1:1"
+TICK = {"kind": "tick", "schedule_id": "s-1", "fire_at": "2026-11-29T12:00:00Z", "merged_count": 1}
 
 
 async def send(
     host: Host, text: str = "hello", *, queue_id: str | None = None, method: str = "message/send", **more: Any
 ) -> Reply:
-    """A message as Bide would deliver it; header names with `_` for `-`, and `params`."""
-    params, context_id = more.pop("params", {}), more.pop("context_id", None)
-    message = {"role": "user", "messageId": "m-1", "parts": [{"kind": "text", "text": text}]}
+    """A message as Bide would deliver it; header names with `_` for `-`, `params`, and the message's `metadata`."""
+    params, context_id, metadata = more.pop("params", {}), more.pop("context_id", None), more.pop("metadata", None)
+    message: dict[str, Any] = {"role": "user", "messageId": "m-1", "parts": [{"kind": "text", "text": text}]}
     if context_id:
         message["contextId"] = context_id
+    if metadata:
+        message["metadata"] = metadata
     body = {"jsonrpc": "2.0", "id": "r-1", "method": method, "params": {"message": message, **params}}
     headers = {"authorization": "Bearer delivery", **{name.replace("_", "-"): said for name, said in more.items()}}
     if queue_id:

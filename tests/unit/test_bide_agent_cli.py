@@ -30,6 +30,10 @@ ROOT = Path(__file__).parents[2]
         (["run", "--workspace", "w1", "--", "no-such-program"], "there is no program no-such-program"),
         (["run", "--workspace", "w1", "--checkpoint-signal", "LUNCH", "--", "cat"], "there is no signal LUNCH"),
         (["run", "--workspace", "w1", "--exit", "3=tired", "--", "cat"], "'3=tired' is no CODE=STATE"),
+        (
+            ["run", "--workspace", "w1", "--max-concurrent", "2", "--checkpoint-file", "save", "--", "cat"],
+            "as in save-{task}.json",
+        ),
         (["run", "--", "cat"], "--workspace"),
         ([], "verb"),
     ],
@@ -69,6 +73,17 @@ def test_a_program_named_by_a_relative_path_is_found_from_its_working_directory_
     for command in (["./mine.sh", "./word"], ["cat", "-"]):
         assert cli.main(["run", "--workspace", "w1", "--", *command]) == 0
     assert served == [[str(tmp_path / "mine.sh"), "./word"], ["cat", "-"]]
+
+
+def test_a_command_sees_the_token_under_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """README has it in TOKEN; a command may be a model that looks around."""
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(cli, "serve", lambda *_, **__: seen.update(os.environ))
+    monkeypatch.setattr(cli, "adopt_orphans", lambda: None)
+    for name, said in (("TOKEN", "secret"), ("BIDE_TOKEN", "secret"), ("OTHER", "kept")):
+        monkeypatch.setenv(name, said)
+    assert cli.main(["run", "--workspace", "w1", "--", "cat"]) == 0
+    assert (seen["OTHER"], "secret" in seen.values()) == ("kept", False)
 
 
 @asynccontextmanager
@@ -112,7 +127,9 @@ async def test_a_taken_port_is_said_and_not_traced(tmp_path: Path) -> None:
 async def test_a_group_that_is_gone_is_not_stopped_again(tmp_path: Path) -> None:
     def ignore(_: bytes) -> None: ...
 
-    child: Child = await start(["true"], folder=tmp_path, environ={}, stdin=False, on_output=ignore, on_error=ignore)
+    child: Child = await start(
+        ["true"], folder=tmp_path, environ={"OF": "it"}, stdin=False, on_output=ignore, on_error=ignore, mark="OF"
+    )
     await child.exited.wait()
     await child.stop(0)
     assert child.code == 0

@@ -43,6 +43,7 @@ class FakeBide:
     issues: list[str] = field(default_factory=lambda: ["own-1"])
     broken: list[int] = field(default_factory=list)
     directives: list[Any] = field(default_factory=list)
+    delivery: str | None = "delivery"
     asked: list[Asked] = field(default_factory=list)
 
     @property
@@ -61,7 +62,7 @@ class FakeBide:
         if asked.path == "/registry/heartbeat":
             return 200, {"status": "ok", "directives": self.directives}
         told = {"auth_token": self.issues.pop(0)} if self.issues else {}
-        return 200, {**told, "delivery_token": "delivery", "incarnation": len(self.registrations)}
+        return 200, {**told, "delivery_token": self.delivery, "incarnation": len(self.registrations)}
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -205,13 +205,13 @@ async def test_an_agent_goes_on_while_bide_is_away(tmp_path: Path) -> None:
 async def test_a_lag_is_the_longer_of_the_last_echo_and_the_one_that_is_out() -> None:
     lag = Lag(asyncio.get_running_loop())
     lag.ask()
-    time.sleep(0.05)  # noqa: ASYNC251 - to block the loop is the case
-    assert lag.seconds >= 0.05
+    time.sleep(0.5)  # noqa: ASYNC251 - to block the loop is the case
+    assert lag.seconds >= 0.5
     await asyncio.sleep(0)
-    assert 0.05 <= lag.seconds < 1
+    assert lag.seconds >= 0.5
     lag.ask()
     await asyncio.sleep(0)
-    assert lag.seconds < 0.05
+    assert lag.seconds < 0.5
 
 
 async def test_a_heart_that_stumbles_over_its_own_disk_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

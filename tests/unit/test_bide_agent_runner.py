@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -14,11 +15,14 @@ import pytest
 
 from bide_agent import Host
 from bide_agent.runner.command import Command, Limits, Saving
+from bide_agent.runner.descent import PROC
 from bide_agent.runner.group import adopt_orphans, kin
 from bide_agent.runner.output import Output
-from tests.unit.runtime_kit import URI, alone, direct, events, send, task_of, text_of
+from bide_agent.runtime.turns import Turn
+from tests.unit.runtime_kit import URI, alone, direct, events, send, task_of, text_in, text_of
 
 KB, MB = 1024, 1024 * 1024
+needs_proc = pytest.mark.skipif(not PROC.exists(), reason="who descends from whom is read from /proc")
 QUICK = Limits(inactivity_s=20.0, stop_grace_s=0.3)
 
 
@@ -27,9 +31,11 @@ def python(program: str, *arguments: str) -> list[str]:
 
 
 @asynccontextmanager
-async def running(state_dir: Path, *command: str, limits: Limits = QUICK, **options: Any) -> AsyncIterator[Host]:
+async def running(
+    state_dir: Path, *command: str, limits: Limits = QUICK, max_concurrent: int = 1, **options: Any
+) -> AsyncIterator[Host]:
     handler = Command(arguments=command, limits=limits, **options)
-    async with alone(handler, state_dir) as host:
+    async with alone(handler, state_dir, max_concurrent=max_concurrent) as host:
         yield host
 
 
@@ -101,7 +107,7 @@ async def test_output_is_told_as_it_comes(tmp_path: Path) -> None:
         (tmp_path / "work/go").write_text("go")
         said = events(await sent)
         texts = [one["artifact"]["parts"][0]["text"] for one in said if one["kind"] == "artifact-update"]
-        assert texts == ["one\n", "two\n"]
+        assert text_in(said[0]) + "".join(texts) == "one\ntwo\n"
         assert said[-1]["status"]["state"] == "completed"
 
 
@@ -153,12 +159,61 @@ async def test_a_stop_ends_a_child_that_ignores_sigterm_and_its_grandchildren(tm
     assert not [pid for pid in pids if lives(pid)]
 
 
-async def printed(host: Host) -> str:
-    """What the running command has said, once it has said something."""
-    await host.until(lambda: host.active == 1)
-    (turn,) = host._work.turns.running
-    await turn.more_than(0)
+RUNAWAY = """
+import os, signal, subprocess, sys, time
+deaf = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(600)"
+gone = [subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)]
+fork = "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+gone += [subprocess.Popen([sys.executable, "-c", fork, deaf], stdout=subprocess.PIPE, start_new_session=True)]
+print(os.getpid(), *(int(one.stdout.readline()) for one in gone), flush=True)
+if sys.stdin.read() == "stays": signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if sys.argv[1:] != ["ends"]: time.sleep(600)
+"""
+"""It starts one process that leaves its group, and one that leaves its parents too. Prints its pid and theirs."""
+
+
+@needs_proc
+@pytest.mark.usefixtures("adopting")
+@pytest.mark.parametrize("text", ["goes", "stays"])
+async def test_a_stop_ends_what_left_the_group_and_leaves_other_turns_alone(tmp_path: Path, text: str) -> None:
+    """A daemon of a stopped turn went on for ever."""
+    async with running(tmp_path, *python(RUNAWAY), max_concurrent=2) as host:
+        stopped = asyncio.create_task(send(host, text, queue_id="q-1"))
+        other = asyncio.create_task(send(host, text, queue_id="q-2", x_bide_session="q-2:1"))
+        pids = {name: [int(word) for word in (await printed(host, name)).split()] for name in ("q-1", "q-2")}
+        assert await direct(host, "stop") == (200, "stopping")
+        assert task_of(await stopped)["status"]["state"] == "canceled"
+        left = {name: [pid for pid in some if lives(pid)] for name, some in pids.items()}
+        print(f"of {pids} are left {left}")
+        assert left == {"q-1": [], "q-2": pids["q-2"]}
+        assert [len(some) for some in pids.values()] == [3, 3]
+        other.cancel()
+    assert not [pid for pid in pids["q-2"] if lives(pid)], "the agent's end is a stop too"
+
+
+@needs_proc
+@pytest.mark.usefixtures("adopting")
+async def test_what_a_command_has_put_into_a_session_of_its_own_stays_when_it_ends_by_itself(tmp_path: Path) -> None:
+    """A server that the next turn wants. No later turn's stop is about it."""
+    async with running(tmp_path, *python(RUNAWAY, "ends")) as host:
+        pids = [int(word) for word in text_of(await send(host)).split()]
+    assert [lives(pid) for pid in pids] == [False, True, True]
+    for pid in pids[1:]:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)  # noqa: ASYNC222 - it has been killed
+
+
+async def printed(host: Host, queue_id: str | None = None) -> str:
+    """What a running command has said, once that is a line: python -u writes word by word."""
+    await host.until(lambda: bool(_of(host, queue_id)))
+    (turn,) = _of(host, queue_id)
+    while not (turn.parts and turn.parts[0]["text"].endswith("\n")) and not turn.ended.is_set():
+        await turn.more_than(len(turn.chunks))
     return str(turn.parts[0]["text"])
+
+
+def _of(host: Host, queue_id: str | None) -> list[Turn]:
+    return [turn for turn in host._work.turns.running if queue_id in {None, turn.queue_id}]
 
 
 @pytest.fixture
@@ -269,6 +324,21 @@ async def test_a_command_that_is_asked_to_save_and_end_answers_in_part(tmp_path:
     assert task_of(reply)["metadata"][URI] == {"checkpointed": True, "reason": "ceiling"}
 
 
+async def test_turns_that_share_a_directory_are_asked_to_save_each_for_itself(tmp_path: Path) -> None:
+    """One file for both asked whoever looked first, and was removed by whoever began next."""
+    program = "import os; print(os.environ['BIDE_CHECKPOINT_FILE'], flush=True)\n" + SAVES["file"]
+    saving = Saving(file="save-{task}.json")
+    async with running(tmp_path, *python(program), saving=saving, folder=tmp_path / "work", max_concurrent=2) as host:
+        first = asyncio.create_task(send(host, queue_id="q-1"))
+        second = asyncio.create_task(send(host, queue_id="q-2", x_bide_session="q-2:1"))
+        names = {(await printed(host, queue_id)).split()[0] for queue_id in ("q-1", "q-2")}
+        await direct(host, "checkpoint", "ceiling", session_id="q-2:1")
+        assert text_of(await second).endswith("half\n")
+        assert (len(names), host.active) == (2, 1), "the other one was not asked"
+        await direct(host, "checkpoint", "ceiling", id="another")
+        assert text_of(await first).endswith("half\n")
+
+
 @pytest.mark.parametrize("shared", [False, True])
 async def test_a_file_that_asked_one_turn_to_save_asks_not_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, shared: bool
@@ -289,14 +359,17 @@ async def test_a_file_that_asked_one_turn_to_save_asks_not_the_next(
     assert text_of(again) == "begun\n"
 
 
-async def test_a_command_that_made_room_is_run_again_where_it_was(tmp_path: Path) -> None:
-    """A tick's second delivery has another contextId, and is the same message."""
+@pytest.mark.parametrize(("is_kept", "said"), [(True, "so far\n"), (False, "begun\n")])
+async def test_a_command_that_made_room_is_run_again_where_it_was(tmp_path: Path, said: str, *, is_kept: bool) -> None:
+    """A tick's second delivery may have another contextId, and is the same message. Old directories are removed."""
     program = "if [ $BIDE_RESUMED = 1 ]; then cat notes; else trap 'echo so far > notes; exit 0' USR1; echo begun; "
-    program += "while :; do sleep 0.02; done; fi"
+    program += "[ $BIDE_DELIVERY = 2 ] && exit; while :; do sleep 0.02; done; fi"
     async with running(tmp_path, "sh", "-c", program, saving=WAYS["signal"]) as host:
         sent = asyncio.create_task(send(host, queue_id="q-1", context_id="c-1"))
         await printed(host)
         await direct(host, "checkpoint", "critical_waiting")
         assert (await sent).json()["error"]["data"] == {"code": "preempted"}
-        again = await send(host, queue_id="q-1", context_id="c-2", x_bide_session="q-1:2")
-    assert text_of(again) == "so far\n"
+        if not is_kept:
+            shutil.rmtree(tmp_path / "w1/sessions")
+        again = await send(host, queue_id="q-1", context_id="c-2", x_bide_session="q-1:2", x_bide_delivery="2")
+    assert text_of(again) == said

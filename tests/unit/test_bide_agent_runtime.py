@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any
 import pytest
 
 from bide_agent import Answer, Checkpoint, Failed, Host, Message, Session, hosted
-from bide_agent.client import request
+from bide_agent.client import Reply, request
 from bide_agent.runtime import parts
 from bide_agent.runtime.folders import Folders
-from bide_agent.runtime.store import STATE_BYTES_MAX, Store
+from bide_agent.runtime.store import Store
 from tests.unit.runtime_kit import (
+    TICK,
     URI,
     Steps,
     alone,
@@ -165,6 +165,21 @@ async def test_an_empty_name_of_a_message_is_none(tmp_path: Path) -> None:
         assert [text_of(await one) for one in both] == ["one", "two"]
 
 
+@pytest.mark.parametrize("end", [SystemExit(3), GeneratorExit(), asyncio.CancelledError()])
+async def test_a_handler_that_would_end_its_process_ends_its_turn(tmp_path: Path, end: BaseException) -> None:
+    """A library that calls `sys.exit` took the agent along, with all that it had in hand."""
+
+    async def handle(message: Message, _session: Session) -> str:
+        if message.text == "end":
+            raise end
+        return message.text
+
+    async with alone(handle, tmp_path) as host:
+        error = (await send(host, "end", queue_id="q-1")).json()["error"]
+        assert (error["code"], error["message"].split(":")[0]) == (-32603, "The agent failed")
+        assert text_of(await send(host, "next", queue_id="q-2")) == "next"
+
+
 async def test_what_failed_runs_again(tmp_path: Path) -> None:
     """A-A-04: one bad message is logged and answered, and the next one finds the agent as it was."""
     runs = 0
@@ -252,6 +267,35 @@ async def test_a_turn_that_made_room_goes_on_from_what_it_saved(tmp_path: Path) 
         assert host._work.store.saved("q-1") is None, "what has its answer needs no state"
 
 
+@pytest.mark.parametrize("is_answered", [True, False])
+async def test_an_edited_schedule_does_not_make_a_fire_run_twice(tmp_path: Path, *, is_answered: bool) -> None:
+    """A redelivered tick has the newest prompt: what has its answer has had its turn, what made room runs with it."""
+
+    async def handle(message: Message, session: Session) -> str:
+        said = f"{message.text} at rev {message.tick['rev'] if message.tick else None}, saved {session.saved}"
+        session.save(message.text)
+        if not is_answered and session.delivery == 1:
+            await session.until_asked()
+            await session.checkpoint()
+        return said
+
+    async def deliver(host: Host, prompt: str, rev: int) -> Reply:
+        return await send(host, prompt, queue_id="q-1", x_bide_delivery=str(rev), metadata={URI: {**TICK, "rev": rev}})
+
+    async with alone(handle, tmp_path) as host:
+        first = asyncio.create_task(deliver(host, "old prompt", 1))
+        if not is_answered:
+            await host.until(lambda: host.active == 1)
+            await direct(host, "checkpoint", "critical_waiting")
+        first_reply, again = await first, await deliver(host, "new prompt", 2)
+    if is_answered:
+        assert text_of(first_reply) == "old prompt at rev 1, saved None"
+        assert again.body == first_reply.body
+    else:
+        assert first_reply.json()["error"]["data"] == {"code": "preempted"}
+        assert text_of(again) == "new prompt at rev 2, saved old prompt"
+
+
 async def test_a_near_ceiling_is_told_and_ends_nothing(tmp_path: Path) -> None:
     steps = Steps()
 
@@ -268,6 +312,21 @@ async def test_a_near_ceiling_is_told_and_ends_nothing(tmp_path: Path) -> None:
         assert await direct(host, "checkpoint", "ceiling_near") == (200, "noted")
         steps.go_on.set()
         assert text_of(await sent) == "all, although ceiling_near"
+
+
+async def test_before_a_restart_all_that_runs_is_saved(tmp_path: Path) -> None:
+    """A-L-19: its session names no delivery, and the runtime took it for somebody else's."""
+
+    async def handle(message: Message, session: Session) -> str:
+        await session.until_asked()
+        await session.checkpoint(f"half of {message.text}")
+        return "never"
+
+    async with alone(handle, tmp_path, max_concurrent=2) as host:
+        sent = [asyncio.create_task(send(host, name, queue_id=name, x_bide_session=f"{name}:1")) for name in "ab"]
+        await host.until(lambda: host.active == 2)
+        assert await direct(host, "checkpoint", "restart", session_id="restart:w1:3:8") == (200, "asked")
+        assert [text_of(await one) for one in sent] == ["half of a", "half of b"]
 
 
 async def test_what_must_end_outranks_what_was_asked_as_a_favour(tmp_path: Path) -> None:
@@ -621,41 +680,10 @@ async def test_an_agent_lets_nobody_in_before_it_knows_bide_and_then_bide_alone(
             assert (await direct(host, "stop"))[0] == 409
 
 
-def test_what_is_remembered_of_items_is_bounded(tmp_path: Path) -> None:
-    with Store(tmp_path / "items.sqlite", remembered=3, bytes_max=100) as store:
-        for number in range(5):
-            store.keep_answer(f"q-{number}", f"t-{number}", {"n": number})
-        assert [store.answer(f"q-{number}") for number in range(5)] == [None, None, {"n": 2}, {"n": 3}, {"n": 4}]
-        assert store.answer_of_task("t-4") == {"n": 4}
-        store.keep_answer("q-9", "t-9", {"n": "x" * 200})
-        assert store.answer("q-9"), "the newest is kept, however large"
-        assert store.answer("q-4") is None
-        with pytest.raises(ValueError, match="bytes of state"):
-            store.save("q-1", "x" * STATE_BYTES_MAX)
-        with pytest.raises(TypeError):
-            store.save("q-1", object())
-    assert (tmp_path / "items.sqlite").stat().st_mode & 0o777 == 0o600
-
-
-def test_saving_costs_the_same_however_much_is_kept(tmp_path: Path) -> None:
-    """It is done in the agent's loop, between two tool calls."""
-    with Store(tmp_path / "items.sqlite") as store:
-        empty_s = took_s(store)
-        for number in range(60):
-            store.save(f"q-{number}", "x" * 1_000_000)
-        full_s = took_s(store)
-    print(f"saved in {empty_s * 1000:.2f} ms, with 60 MB kept in {full_s * 1000:.2f} ms")
-    assert full_s < 0.1, "it was 0.2 s when each trim read all that is kept"
-
-
-def took_s(store: Store) -> float:
-    """The best of a few: how busy the machine is, is not the question."""
-    times = []
-    for step in range(5):
-        began_at = time.perf_counter()
-        store.save("q", {"step": step})
-        times.append(time.perf_counter() - began_at)
-    return min(times)
+async def test_a_bide_without_a_secret_is_let_in_too(tmp_path: Path) -> None:
+    """It was refused as unknown for ever, and told that the agent is busy."""
+    async with fake_bide(delivery=None) as bide, behind(bide, echo, tmp_path) as host:
+        assert (await send(host, authorization="")).status == 200
 
 
 async def test_folders_beyond_a_number_are_removed_but_never_one_in_use(tmp_path: Path) -> None:
@@ -707,10 +735,3 @@ async def test_tasks_whose_answers_are_kept_on_disk_are_not_kept_in_memory_too(t
         assert (list(host._work._tasks), list(host._work._past)) == ([], [other["id"]])
         for one in (task, other):
             assert (await ask(host, "tasks/get", one["id"]))["result"] == one
-
-
-def test_a_state_file_that_is_none_of_ours_is_said(tmp_path: Path) -> None:
-    (tmp_path / "items.sqlite").write_text("my own notes, and long enough not to be a header" * 10)
-    with pytest.raises(OSError, match="not a database"):
-        Store(tmp_path / "items.sqlite")
-    assert (tmp_path / "items.sqlite").read_text().startswith("my own notes")
