@@ -34,6 +34,8 @@ _MEASURE_S = 5.0
 _HELD_ELSEWHERE_S = 0.05
 _FAILED_S = 60.0
 """How long a session is left alone whose step could not be taken."""
+_FIRES_MAX = 2 * decide.ASKS_MAX
+"""Fires on their way that are looked at in one workspace: for one session's requests, beside those being delivered."""
 _SILENT_LOOKS = 2
 _SILENT_MIN_S = 2.0
 
@@ -269,7 +271,10 @@ class Sessions:
         names = sorted({each.workspace_id for each in running})
         rules = await store.read_rules(connection, names, self._settings.rules)
         now = await store.clock(connection)
-        ticks = _ticks(await store.open_fires(connection, names), named)
+        yielding = sorted(
+            {each.workspace_id for each in running if decide.yields_to_ticks(each, rules[each.workspace_id], now)}
+        )
+        ticks = _ticks(await store.open_fires(connection, yielding, _FIRES_MAX), named)
         asked: dict[str, tuple[Session, tuple[decide.Directive, ...]]] = {}
         for session in running:
             after, says = self._early(session, rules[session.workspace_id], now, named, ticks)
