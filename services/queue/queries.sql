@@ -25,6 +25,9 @@ FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
 -- name: read_clock
 SELECT extract(epoch FROM coalesce($1::timestamptz, clock_timestamp()))::float8
 
+-- name: read_begun
+SELECT extract(epoch FROM now())::float8
+
 -- name: read_workspaces
 SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch, extract(epoch FROM w.paused_at)::float8 AS paused_epoch,
        extract(epoch FROM w.not_before)::float8 AS not_before_epoch, extract(epoch FROM w.life_at)::float8 AS life_epoch,
