@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "fires": {"store", "decide", "metrics"},
     "ticks": {"store", "decide", "metrics", "drain", "backlogs", "fires", "loops"},
     "sessions": {
-        "store", "decide", "metrics", "settings", "drain", "backlogs", "gates", "cron", "rules", "shapes",
+        "store", "decide", "metrics", "settings", "drain", "backlogs", "gates", "cron", "rules", "shapes", "turns",
     },
     "drain": {"store", "decide", "deliver", "evidence", "backlogs", "fires", "metrics", "settings"},
     "copies": {"decide", "metrics", "settings"},
@@ -51,7 +51,8 @@ ROOMS: dict[str, set[str]] = {
     "rules": {"cron", "decide"},
     "forms": {"decide", "shapes"},
     "shapes": {"decide"},
-    "ticking": {"store", "decide", "rules", "metrics", "settings"},
+    "turns": set(),
+    "ticking": {"store", "decide", "rules", "metrics", "settings", "turns"},
     "verbs": {"store", "decide", "items", "loops", "cron", "rules", "forms", "shapes"},
     "answers": {
         "store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters", "cron", "rules", "forms",

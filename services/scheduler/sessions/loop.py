@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 
-from services.scheduler import decide, store
+from services.scheduler import decide, store, turns
 from services.scheduler.cron import CronError
 from services.scheduler.decide import Activity, Began, Closing, Rules, Seen, Session, State, Waiting
 from services.scheduler.metrics import KILLS, KILLS_WAITING, OPEN, UNENFORCEABLE
@@ -22,7 +22,7 @@ from services.scheduler.sessions.telling import Turn
 from services.scheduler.settings import Settings
 from services.scheduler.store import SQL, OpenFire
 from shared.broker import Publisher
-from shared.database import Connection, Pool, Trouble, classify, in_words, transact
+from shared.database import Connection, Pool, in_words, transact
 from shared.facts import BacklogSnapshot, GateClosed, KillDone, NamedBacklog, Running
 from shared.intake import Tell
 from shared.loops import Loop
@@ -31,13 +31,10 @@ from shared.telemetry import log
 
 _BATCH = 200
 _MEASURE_S = 5.0
-_HELD_ELSEWHERE_S = 0.05
 _FAILED_S = 60.0
 """How long a session is left alone whose step could not be taken."""
 _FIRES_MAX = 2 * decide.ASKS_MAX
 """Fires on their way that are looked at in one workspace: for one session's requests, beside those being delivered."""
-_SILENT_LOOKS = 2
-_SILENT_MIN_S = 2.0
 
 
 class Sessions:
@@ -109,24 +106,15 @@ class Sessions:
         if not self._looked_at_all:  # our own settings may be others than when these were looked at last
             await self._pool.execute(SQL["look_at_sessions"])
             self._looked_at_all = True
-        try:
-            turn = await transact(self._pool, partial(self._step, now=now))
-        except Exception as error:
-            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
-                raise
-            log.warning("batch_repeated_singly", error=in_words(error))
-            turn = await transact(self._pool, partial(self._step_singly, now=now))
+        turn = await turns.take(self._pool, partial(self._step, now=now), partial(self._step_singly, now=now))
         self._tell(turn)
         if turn.more:
             return 0.0
-        until_s: float | None = await self._pool.fetchval(SQL["next_session_in"], now)
-        if until_s is None:
-            return self._settings.look_s
-        return min(max(until_s, _HELD_ELSEWHERE_S if until_s <= 0 else 0.001), self._settings.look_s)
+        return turns.sleep_s(await self._pool.fetchval(SQL["next_session_in"], now), self._settings.look_s)
 
     async def probe(self) -> None:
         """For /readyz: as long as it stands still nothing that does not end is ended."""
-        await self.loop.probe(max(_SILENT_LOOKS * self._settings.look_s, _SILENT_MIN_S))
+        await turns.probe(self.loop, self._settings.look_s)
 
     async def measure(self) -> float:
         counts: dict[str, int] = dict.fromkeys((state.value for state in State), 0)
@@ -166,15 +154,9 @@ class Sessions:
         turn.more = len(claimed) == _BATCH
         for session in claimed:
             alone = Turn()
-            try:
-                async with connection.transaction():
-                    await self._take_steps(connection, [session], moment, alone)
-            except Exception as error:
-                if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
-                    raise
-                await connection.execute(SQL["look_later"], session.session_id, moment, _FAILED_S)
-                turn.failed.append((session, in_words(error)))
-            else:
+            write = partial(self._take_steps, connection, [session], moment, alone)
+            give_up = partial(_look_later, connection, session, moment, turn)
+            if await turns.alone(connection, write, give_up):
                 turn.told += alone.told
                 turn.stepped += alone.stepped
         return turn
@@ -302,6 +284,11 @@ class Sessions:
             session, rules, now, ticks=ticks.get(session.workspace_id, ()),
             critical_since=backlog.critical_waiting_since if backlog else None,
         )  # fmt: skip
+
+
+async def _look_later(connection: Connection, session: Session, moment: datetime, turn: Turn, error: Exception) -> None:
+    await connection.execute(SQL["look_later"], session.session_id, moment, _FAILED_S)
+    turn.failed.append((session, in_words(error)))
 
 
 async def _end(connection: Connection, session_ids: Sequence[str], reason: str, now: datetime, turn: Turn) -> None:
