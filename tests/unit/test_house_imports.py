@@ -37,8 +37,10 @@ ROOMS: dict[str, set[str]] = {
     "copies": {"decide", "metrics", "settings"},
     "restart": {"store", "decide", "drivers", "metrics", "settings"},
     "control": {"copies", "decide", "metrics", "settings"},
+    "keeping": {"store", "decide", "metrics"},
     "handlers": {
         "store", "decide", "metrics", "settings", "drain", "backlogs", "copies", "cron", "rules", "gates", "restart",
+        "keeping",
     },
     "loops": {
         "store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "fires", "copies",
