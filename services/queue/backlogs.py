@@ -48,7 +48,7 @@ def delivery(row: asyncpg.Record) -> Running:
     return Running(
         session_id=f"{row['queue_id']}:{row['delivery_no']}",
         key_hash=row["key_hash"],
-        started_at=row["dispatched_at"],
+        started_at=row["started_at"],
         ceiling_s=row["ceiling_s"],
         schedule_id=row["schedule_id"],
     )

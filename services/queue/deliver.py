@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 import asyncpg
 
@@ -61,8 +62,11 @@ _REPLIES: dict[Outcome, Reply] = {
     Outcome.ANSWER_TOO_LARGE: "answer_too_large",
 }
 
-TaskKnown = Callable[[Item, str], Awaitable[None]]
-"""Told the agent's own task id as soon as it is known."""
+
+class TaskKnown(Protocol):
+    """Told the agent's own task id as soon as it is known, and whether the task goes on from an earlier delivery."""
+
+    def __call__(self, item: Item, task_id: str, *, goes_on: bool) -> Awaitable[None]: ...
 
 
 class Delivery:
@@ -82,7 +86,8 @@ class Delivery:
         self._stop_asked = False
         self._asked = asyncio.Event()
         self._hung_up: Ending | None = None
-        self._task_known: TaskKnown | None = None
+        self._untold: Callable[[], Awaitable[None]] | None = None
+        """Writes what is known of its task; None: nothing is, or it is written."""
         self._envelope = parse(item.body)
         self._exchange: Exchange | None = None
         self._heard_at = time.monotonic()
@@ -110,7 +115,8 @@ class Delivery:
 
     async def _run(self, task_known: TaskKnown) -> Ending:
         if self._task_id is not None:
-            followed = await self._follow(self._task_id)
+            task_id = self._task_id
+            followed = await self._follow(task_id, found=lambda: task_known(self.item, task_id, goes_on=True))
             if followed is not None:
                 return followed
             if self._stop_asked:
@@ -119,9 +125,9 @@ class Delivery:
         verdict, answer = await self._call(_unary(self._envelope))
         if verdict.outcome is not Outcome.ACCEPTED or verdict.agent_task_id is None:
             return self._ending(verdict, answer)
-        self._task_id = verdict.agent_task_id
-        self._task_known = task_known
-        return await self._follow(self._task_id) or self._task_gone()
+        self._task_id = new_id = verdict.agent_task_id
+        self._untold = lambda: task_known(self.item, new_id, goes_on=False)
+        return await self._follow(new_id) or self._task_gone()
 
     def moved(self, url: str, agent_authorization: str | None) -> None:
         """Take over where the agent is now: its task is asked for there."""
@@ -187,11 +193,14 @@ class Delivery:
         canceled = verdict.task_state == "canceled"
         return Ending(self.item, reply, kept, error, verdict.retry_after_s, verdict.evidence, task_canceled=canceled)
 
-    async def _follow(self, task_id: str) -> Ending | None:
-        """Ask for the task until it has ended; None: the agent does not know it. A failed poll says nothing."""
+    async def _follow(self, task_id: str, *, found: Callable[[], Awaitable[None]] | None = None) -> Ending | None:
+        """Ask for the task until it has ended; None: the agent does not know it. A failed poll says nothing.
+
+        `found` has it written that an earlier delivery's task still runs: only the agent knows.
+        """
         pause_s = self._settings.follow_min_s
         while True:
-            await self._tell_task(task_id)
+            await self._tell_task()
             self._asked.clear()
             if self._cancel_owed:
                 await self._send_cancel(task_id)
@@ -200,21 +209,24 @@ class Delivery:
                 return self._ending(verdict, answer)
             if answer is not None and read_result(answer).error_code == _NO_SUCH_TASK:
                 return None
+            if found is not None and verdict.outcome is Outcome.ACCEPTED:
+                self._untold, found = found, None
+                await self._tell_task()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):  # the agent's own pace; the interval is a setting
                     await self._asked.wait()
             pause_s = min(self._settings.follow_max_s, pause_s * 1.5)
 
-    async def _tell_task(self, task_id: str) -> None:
-        """Have the task id written, so that another replica could follow it; as often as it takes."""
-        if self._task_known is None:
+    async def _tell_task(self) -> None:
+        """Have it written, so that another replica could follow the task; as often as it takes."""
+        if self._untold is None:
             return
         try:
-            await self._task_known(self.item, task_id)
+            await self._untold()
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             log.warning("task_id_not_written", queue_id=str(self.item.queue_id), error=type(error).__name__)
         else:
-            self._task_known = None
+            self._untold = None
 
     async def _send_cancel(self, task_id: str) -> None:
         """Once for each who asked, but again where it did not reach the agent."""

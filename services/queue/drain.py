@@ -300,8 +300,8 @@ class Drain:
             self._publisher.post(fact)
         self.settle(ending)
 
-    async def _task_known(self, item: Item, task_id: str) -> None:
-        await self._pool.fetchval(SQL["set_agent_task"], item.queue_id, item.delivery_no, task_id)
+    async def _task_known(self, item: Item, task_id: str, *, goes_on: bool) -> None:
+        await self._pool.fetchval(SQL["set_agent_task"], item.queue_id, item.delivery_no, task_id, goes_on)
 
     def close(self) -> None:
         """Claim nothing more from now on."""

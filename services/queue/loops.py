@@ -274,9 +274,8 @@ class Loops:
         if wait_s > 0:
             return wait_s  # one serves all who ask meanwhile
         self._snapshot_at = time.monotonic()
-        read_at = datetime.now().astimezone()
         async with self.pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
-            now = await store.clock(connection, None)
+            now = await store.begun_at(connection)
             active = await store.read_active(connection)
             workspaces = {each.workspace_id: each for each in active if decide.is_named(each, now)}
             found = await backlogs(connection, workspaces, now)
@@ -294,7 +293,7 @@ class Loops:
             self.publisher.post(
                 BacklogSnapshot(
                     rev=self._snapshots,
-                    occurred_at=read_at,
+                    occurred_at=moment(now),
                     snapshot_id=snapshot_id,
                     part=number,
                     parts=len(parts),

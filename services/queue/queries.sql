@@ -25,6 +25,9 @@ FROM unnest($1::text[]) AS named(workspace_id) CROSS JOIN LATERAL (
 -- name: read_clock
 SELECT extract(epoch FROM coalesce($1::timestamptz, clock_timestamp()))::float8
 
+-- name: read_begun
+SELECT extract(epoch FROM now())::float8
+
 -- name: read_workspaces
 SELECT w.*, extract(epoch FROM w.beat_at)::float8 AS beat_epoch, extract(epoch FROM w.paused_at)::float8 AS paused_epoch,
        extract(epoch FROM w.not_before)::float8 AS not_before_epoch, extract(epoch FROM w.life_at)::float8 AS life_epoch,
@@ -96,8 +99,10 @@ SELECT *, ctid AS version, extract(epoch FROM beat_at)::float8 AS beat_epoch,
 FROM workspaces WHERE waiting > 0 OR running > 0 OR engaged ORDER BY workspace_id
 
 -- name: running_items
--- The newest first, and no more than the workspace's counter says there are.
+-- The newest first, and no more than the workspace's counter says there are. The turn of one that goes on with a Task began
+-- with the Task.
 SELECT q.queue_id, q.workspace_id, q.delivery_no, q.key_hash, q.dispatched_at, q.ceiling_s, q.schedule_id,
+       CASE WHEN q.task_delivery_no = q.delivery_no THEN q.task_began_at ELSE q.dispatched_at END AS started_at,
        extract(epoch FROM q.stop_at)::float8 AS stop_epoch
 FROM unnest($1::text[], $2::int[]) AS named(workspace_id, running) CROSS JOIN LATERAL (
   SELECT * FROM a2a_queue WHERE status = 'dispatched' AND workspace_id = named.workspace_id
@@ -299,7 +304,9 @@ RETURNING q.queue_id, q.workspace_id, q.priority, q.lane, q.rank_ms, q.schedule_
           extract(epoch FROM q.dispatched_at)::float8 AS dispatched_epoch
 
 -- name: set_agent_task
-UPDATE a2a_queue SET agent_task_id = $3, rev = rev + 1
+-- $4: it goes on from an earlier delivery. What was written before this could be has no beginning but this delivery's.
+UPDATE a2a_queue SET agent_task_id = $3, task_delivery_no = $2, rev = rev + 1,
+  task_began_at = CASE WHEN $4 THEN coalesce(task_began_at, dispatched_at) ELSE dispatched_at END
 WHERE queue_id = $1 AND status = 'dispatched' AND delivery_no = $2 RETURNING queue_id
 
 -- name: owned_items

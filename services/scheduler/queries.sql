@@ -312,13 +312,15 @@ ON CONFLICT (workspace_id) DO UPDATE
       since = excluded.since, number = excluded.number
 
 -- name: open_fires
--- Fires on their way, in these workspaces, with the rules of their schedules; without the prompts.
-SELECT f.fire_at, f.queue_id, s.schedule_id, s.workspace_id, s.name, s.cron, s.every_s, s.at, s.timezone, s.anchor_at,
-       '' AS prompt, s.context, s.overlap, s.priority, s.catchup_window_s, s.jitter_s, s.ceiling_s, s.ends_at,
-       s.remaining_runs, s.paused, s.pause_note, s.paused_by_error, s.next_fire_at, s.rev
-FROM schedules s JOIN fires f ON f.schedule_id = s.schedule_id AND f.outcome IS NULL
-WHERE s.workspace_id = ANY($1::text[]) AND s.deleted_at IS NULL
-ORDER BY f.fire_at LIMIT 1000
+-- The oldest fires on their way in each of these workspaces, with the rules of their schedules; without the prompts.
+SELECT s.*
+FROM unnest($1::text[]) AS asked (workspace_id) CROSS JOIN LATERAL (
+  SELECT f.fire_at, f.queue_id, s.schedule_id, s.workspace_id, s.name, s.cron, s.every_s, s.at, s.timezone, s.anchor_at,
+         '' AS prompt, s.context, s.overlap, s.priority, s.catchup_window_s, s.jitter_s, s.ceiling_s, s.ends_at,
+         s.remaining_runs, s.paused, s.pause_note, s.paused_by_error, s.next_fire_at, s.rev
+  FROM schedules s JOIN fires f ON f.schedule_id = s.schedule_id AND f.outcome IS NULL
+  WHERE s.workspace_id = asked.workspace_id AND s.deleted_at IS NULL
+  ORDER BY f.fire_at, s.schedule_id LIMIT $2) s
 
 -- name: bouncing_schedules
 SELECT s.workspace_id, s.schedule_id, s.name, s.bounces, s.next_fire_at

@@ -14,26 +14,23 @@ from uuid import UUID
 import asyncpg
 from uuid_utils.compat import uuid7
 
-from services.scheduler import decide, store
+from services.scheduler import decide, store, turns
 from services.scheduler.decide import CATCH_UP, Due, Schedule, Several
 from services.scheduler.metrics import DUE, FAILED, FIRES, LATE, PAUSED_BY_ERROR, TICKS
 from services.scheduler.rules import rule_to_fire
 from services.scheduler.settings import Settings
 from services.scheduler.store import SQL, Advance, Fire
 from shared import outbox
-from shared.database import Connection, Pool, Trouble, classify, in_words, transact
+from shared.database import Connection, Pool, in_words
 from shared.facts import ScheduleTick
 from shared.loops import Loop
 from shared.telemetry import log
 
 _MOMENTS_TURN = 40_000
 """Moments that one turn goes through, 0.2 s of CPU: its locks are not held for longer."""
-_HELD_ELSEWHERE_S = 0.05
 _MEASURE_S = 5.0
 _MEASURED_MAX = 10_001
 _FORGET_ROWS = 2000
-_SILENT_LOOKS = 2
-_SILENT_MIN_S = 2.0
 
 
 @dataclass(slots=True)
@@ -58,24 +55,15 @@ class Ticking:
 
     async def run_once(self, now: datetime | None = None) -> float:
         """Fire one batch of what is due; return the seconds until the next moment, 0 while there may be more."""
-        try:
-            fired = await transact(self._pool, partial(self._fire, now=now))
-        except Exception as error:
-            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
-                raise
-            log.warning("batch_repeated_singly", error=in_words(error))
-            fired = await transact(self._pool, partial(self._fire_singly, now=now))
+        fired = await turns.take(self._pool, partial(self._fire, now=now), partial(self._fire_singly, now=now))
         self._tell(fired)
         if fired.claimed:
             return 0.0
-        until_s: float | None = await self._pool.fetchval(SQL["next_due_in"], now)
-        if until_s is None:
-            return self._settings.look_s
-        return min(max(until_s, _HELD_ELSEWHERE_S if until_s <= 0 else 0.001), self._settings.look_s)
+        return turns.sleep_s(await self._pool.fetchval(SQL["next_due_in"], now), self._settings.look_s)
 
     async def probe(self) -> None:
-        """For /readyz: a loop that stands still is seen after two of its longest sleeps (C-R6)."""
-        await self.loop.probe(max(_SILENT_LOOKS * self._settings.look_s, _SILENT_MIN_S))
+        """For /readyz."""
+        await turns.probe(self.loop, self._settings.look_s)
 
     async def measure(self) -> float:
         row = await self._pool.fetchrow(SQL["measure"], _MEASURED_MAX)
@@ -107,15 +95,11 @@ class Ticking:
         rows = await store.claim_due(connection, self._settings.claim_rows, now)
         fired = _Fired(claimed=len(rows))
         for row in rows:
-            alone = _Fired()
-            try:
-                async with connection.transaction():
-                    await _write(connection, [row], alone)
-            except Exception as error:
-                if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
-                    raise
-                alone = _Fired()
-                await _give_up(connection, row["schedule_id"], error, alone)
+            alone, failed = _Fired(), _Fired()
+            write = partial(_write, connection, [row], alone)
+            give_up = partial(_give_up, connection, row["schedule_id"], fired=failed)
+            if not await turns.alone(connection, write, give_up):
+                alone = failed
             for each in ("late_s", "merged", "missed", "failed"):
                 setattr(fired, each, getattr(fired, each) + getattr(alone, each))
         return fired
@@ -149,7 +133,7 @@ async def _write(connection: Connection, rows: Sequence[asyncpg.Record], fired: 
             schedule = store.schedule_of(row)
             verdict = decide.due(schedule, rule_to_fire(schedule), row["clock"])
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one schedule is that one's alone
-            await _give_up(connection, row["schedule_id"], error, fired)
+            await _give_up(connection, row["schedule_id"], error, fired=fired)
             continue
         looked_at += verdict.looked_at
         verdicts.append((schedule, verdict))
@@ -175,7 +159,7 @@ async def _write(connection: Connection, rows: Sequence[asyncpg.Record], fired: 
             fired.merged += fire.moments.count
 
 
-async def _give_up(connection: Connection, schedule_id: UUID, error: Exception, fired: _Fired) -> None:
+async def _give_up(connection: Connection, schedule_id: UUID, error: Exception, *, fired: _Fired) -> None:
     reason = in_words(error).replace("\x00", "")
     await store.pause_failed(connection, schedule_id, reason)
     fired.failed.append((schedule_id, reason))

@@ -11,7 +11,7 @@ from uuid_utils.compat import uuid7
 from services.queue import decide, store
 from services.queue.decide import Item, Reply
 from services.queue.drain import account, begin
-from services.queue.handlers import keep
+from services.queue.keeping import keep
 from services.queue.store import Settled
 from shared.database import Connection, Pool, transact
 from shared.facts import MessageBusy

@@ -214,7 +214,10 @@ Answer = Callable[[dict[str, Any]], Awaitable[Any]]
 
 @dataclass(slots=True)
 class Puppet:
-    """An agent that answers each method as the test says; a method that is not there is never answered."""
+    """An agent that answers each method as the test says; a method that is not there is never answered.
+
+    An answer with a `code` is an error.
+    """
 
     answers: dict[str, Answer] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
@@ -231,7 +234,9 @@ class Puppet:
                 if answer is None:
                     await reader.read()  # until the other side hangs up
                     return
-                body = json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": await answer(request)}).encode()
+                said = await answer(request)
+                word = "error" if "code" in said else "result"
+                body = json.dumps({"jsonrpc": "2.0", "id": request["id"], word: said}).encode()
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):

@@ -181,6 +181,35 @@ async def test_a_snapshot_names_what_an_agent_is_known_to_do(chief: Supervisor) 
     assert foreign not in await chief.snapshot()
 
 
+@pytest.mark.parametrize("is_there", [True, False], ids=["goes on", "lost"])
+async def test_a_task_that_outlives_its_owner_is_as_old_as_it_is(stack: Stack, is_there: bool) -> None:
+    """A redeploy of queue begins no ceiling anew; a task that its agent has lost meanwhile is another turn."""
+    name, is_lost = fresh(), asyncio.Event()
+
+    async def get(_: dict[str, Any]) -> Any:
+        return {"code": -32001, "message": "no such task"} if is_lost.is_set() else task("working")
+
+    async def send(_: dict[str, Any]) -> Any:
+        is_lost.clear()
+        return task("working")
+
+    async with supervisor(stack) as front, puppet(send=send, get=get) as mute:
+        async with queue_service(stack, **TIMING, drain_s=0.1):
+            await front.front.register(name, mute.url)
+            queue_id = await kept(front, name)
+            await until(lambda: _asked(mute, "tasks/get"))
+            (first,) = (await front.snapshot())[name].running
+        if not is_there:
+            is_lost.set()
+        polls = mute.asked.count("tasks/get")
+        async with queue_service(stack, **TIMING, drain_s=0.1):
+            await until(lambda: _asked(mute, "tasks/get", polls + 2))
+            (again,) = (await front.snapshot())[name].running
+    assert (first.session_id, again.session_id) == (f"{queue_id}:1", f"{queue_id}:2")
+    assert mute.asked.count("message/send") == (1 if is_there else 2)
+    assert (again.started_at == first.started_at) is is_there
+
+
 async def test_a_tick_that_runs_is_named_with_its_schedule_and_its_ceiling_and_a_stop_settles_it(
     chief: Supervisor, stack: Stack
 ) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from datetime import datetime
 from uuid import UUID, uuid4
 
 import pytest
 
-from shared.facts import ScheduleTick
+from shared.facts import BacklogSnapshot, ScheduleTick
 from tests.conftest import Stack, until
+from tests.integration.conftest import replica
 from tests.integration.listening import listening
 from tests.integration.scheduler_kit import Calendar, calendar, many, whole
 from tests.integration.test_scheduler_service import asker, in_a_moment, process
@@ -26,7 +29,7 @@ async def test_a_replica_whose_clock_is_wrong_fires_by_the_databases(
     schedule_id = uuid4()
     async with (
         listening(stack, ScheduleTick) as ticks,
-        process(stack, "tests.integration.skewed_scheduler", str(skew_s)),
+        process(stack, "tests.integration.skewed", "scheduler", str(skew_s)),
         asker(stack) as proxy,
     ):
         assert (await proxy.ask("create", schedule_id, body=whole(every_s=1)))[0] == 201
@@ -45,6 +48,27 @@ async def test_a_replica_whose_clock_is_wrong_fires_by_the_databases(
     assert all(0 <= row["s"] <= LATE_MAX_S for row in late_s), late_s
     moments = [each.fire_at for each in ticks]
     assert moments == sorted(set(moments)), "each once"
+
+
+@pytest.mark.parametrize("skew_s", [90, -90], ids=["ahead", "behind"])
+async def test_a_snapshot_is_as_old_as_the_database_says(calendar: Calendar, stack: Stack, skew_s: int) -> None:
+    """Whoever reads it holds it against moments of Postgres: the wrong clock of a queue service is in none of them."""
+    clock = "SELECT clock_timestamp()"
+    before: datetime = await calendar.pool.fetchval(clock)
+    snapshots: list[BacklogSnapshot] = []
+
+    async def heard(facts: Sequence[BacklogSnapshot]) -> None:
+        snapshots.extend(facts)
+
+    async def came() -> bool:
+        return bool(snapshots)
+
+    async with replica(stack, "scheduler") as side:
+        side.reader.hear(BacklogSnapshot, heard)
+        await side.reader.start()
+        async with process(stack, "tests.integration.skewed", "queue", str(skew_s), service="queue"):
+            await until(came)
+    assert before < snapshots[0].occurred_at < await calendar.pool.fetchval(clock)
 
 
 async def test_schedules_that_are_spread_over_seconds_are_each_on_time(calendar: Calendar, stack: Stack) -> None:

@@ -66,9 +66,9 @@ async def asker(stack: Stack) -> AsyncIterator[Asker]:
 
 
 @asynccontextmanager
-async def process(stack: Stack, *module: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def process(stack: Stack, *module: str, service: str = "scheduler") -> AsyncIterator[asyncio.subprocess.Process]:
     """`python -m services.scheduler`, or what stands for it; ready when it comes."""
-    settings = stack.settings("scheduler")
+    settings = stack.settings(service)
     environ = {name: value for name, value in os.environ.items() if not name.startswith("BIDE_")}
     own = {
         "BIDE_DATABASE_URL": settings.database_url.get_secret_value(),

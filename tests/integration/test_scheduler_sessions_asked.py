@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import REGISTRY
 from uuid_utils.compat import uuid7
 
+from services.scheduler.decide import ASKS_MAX
 from shared.facts import NamedBacklog, ScheduleTick, SessionDirective
 from tests.conftest import Stack
 from tests.integration.ender_kit import Supervisors, asks_of, at, backlog, of, runs, supervised, words
@@ -86,6 +87,25 @@ async def test_a_tick_that_is_being_delivered_waits_for_nobody(patient: Supervis
         assert "checkpoint tick_waiting" not in words(said)
     assert (await patient.row(delivered.session_id))["state"] == state
     assert asks_of(await patient.row()) == []
+
+
+async def test_one_workspace_s_ticks_hide_no_other_s(patient: Supervisors) -> None:
+    """However many fires are on their way in the fleet, and however much older they are."""
+    tick = await fired(patient, at(0), every_s=60)
+    await many(patient.pool, 1, at(86_400))
+    await patient.pool.execute(
+        """INSERT INTO fires (schedule_id, fire_at, last_fire_at, queue_id, rev)
+           SELECT schedule_id, moment, moment, gen_random_uuid(), 1
+           FROM schedules, generate_series($1::timestamptz, $1 + interval '1000 s', interval '1 s') AS moment
+           WHERE workspace_id = 'w1'""",
+        at(-1001),
+    )
+    loud = backlog(runs("loud:1", -1000, schedule_id=SCHEDULE), name="w1")
+    await patient.until(60)
+    asked = of(await patient.see(loud, by_tick()), SessionDirective)
+    (mine,) = [each for each in asked if each.workspace_id == tick.workspace_id]
+    assert (mine.session_id, mine.reason) == ("q:1", "tick_waiting")
+    assert len(asks_of(await patient.row("loud:1"))) == ASKS_MAX
 
 
 async def test_a_fire_that_is_settled_or_withdrawn_waits_no_longer(patient: Supervisors) -> None:

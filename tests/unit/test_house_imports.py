@@ -31,14 +31,16 @@ ROOMS: dict[str, set[str]] = {
     "fires": {"store", "decide", "metrics"},
     "ticks": {"store", "decide", "metrics", "drain", "backlogs", "fires", "loops"},
     "sessions": {
-        "store", "decide", "metrics", "settings", "drain", "backlogs", "gates", "cron", "rules", "shapes",
+        "store", "decide", "metrics", "settings", "drain", "backlogs", "gates", "cron", "rules", "shapes", "turns",
     },
     "drain": {"store", "decide", "deliver", "evidence", "backlogs", "fires", "metrics", "settings"},
     "copies": {"decide", "metrics", "settings"},
     "restart": {"store", "decide", "drivers", "metrics", "settings"},
     "control": {"copies", "decide", "metrics", "settings"},
+    "keeping": {"store", "decide", "metrics"},
     "handlers": {
         "store", "decide", "metrics", "settings", "drain", "backlogs", "copies", "cron", "rules", "gates", "restart",
+        "keeping",
     },
     "loops": {
         "store", "decide", "metrics", "settings", "deliver", "drivers", "drain", "backlogs", "fires", "copies",
@@ -51,7 +53,8 @@ ROOMS: dict[str, set[str]] = {
     "rules": {"cron", "decide"},
     "forms": {"decide", "shapes"},
     "shapes": {"decide"},
-    "ticking": {"store", "decide", "rules", "metrics", "settings"},
+    "turns": set(),
+    "ticking": {"store", "decide", "rules", "metrics", "settings", "turns"},
     "verbs": {"store", "decide", "items", "loops", "cron", "rules", "forms", "shapes"},
     "answers": {
         "store", "decide", "drain", "backlogs", "items", "loops", "verbs", "letters", "cron", "rules", "forms",

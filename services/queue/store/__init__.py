@@ -31,6 +31,7 @@ from services.queue.store.ticks import (
 )
 from services.queue.store.workspaces import (
     Locked,
+    begun_at,
     clock,
     lock,
     oldest,
@@ -44,9 +45,9 @@ from services.queue.store.workspaces import (
 
 __all__ = [
     "PRIORITIES", "PRIORITY_OF", "SQL", "Claimed", "Ended", "Fire", "Known", "Locked", "Prompt", "Settled", "Stop",
-    "Stopped", "beat_proxies", "caller_of", "claim", "clock", "end", "ending_instead", "find_active", "find_ids",
-    "find_lost", "find_schedules", "find_ticks", "finish", "fire_of", "insert", "insert_ended", "insert_ticks",
-    "item_of", "key_of", "living_proxies", "lock", "merge_ticks", "oldest", "place_of", "read", "read_active",
-    "read_prompts", "release_ticks", "requeue", "reserve_keys", "running", "save", "save_bodies", "save_counters",
-    "save_schedules", "set_bounds", "shift_clocks", "stop",
+    "Stopped", "beat_proxies", "begun_at", "caller_of", "claim", "clock", "end", "ending_instead", "find_active",
+    "find_ids", "find_lost", "find_schedules", "find_ticks", "finish", "fire_of", "insert", "insert_ended",
+    "insert_ticks", "item_of", "key_of", "living_proxies", "lock", "merge_ticks", "oldest", "place_of", "read",
+    "read_active", "read_prompts", "release_ticks", "requeue", "reserve_keys", "running", "save", "save_bodies",
+    "save_counters", "save_schedules", "set_bounds", "shift_clocks", "stop",
 ]  # fmt: skip

@@ -18,6 +18,11 @@ async def clock(connection: Connection, now: datetime | None) -> float:
     return float(await connection.fetchval(SQL["read_clock"], now))
 
 
+async def begun_at(connection: Connection) -> float:
+    """When this transaction began, by the database's clock: all that was committed before it is seen in it."""
+    return float(await connection.fetchval(SQL["read_begun"]))
+
+
 class Locked(dict[str, Workspace]):
     """Workspaces that the caller's transaction holds. `now` is the database's time once all of them were locked."""
 

@@ -3,7 +3,7 @@
 Values in, verdicts out: no clock, no I/O. The tables: tests/unit/test_scheduler_decide.py, test_scheduler_session*.py.
 """
 
-from services.scheduler.decide.early import Waiting, early
+from services.scheduler.decide.early import ASKS_MAX, Waiting, early, yields_to_ticks
 from services.scheduler.decide.fires import (
     CATCH_UP,
     MOMENTS_MAX,
@@ -50,10 +50,10 @@ from services.scheduler.decide.sessions import (
 )
 
 __all__ = [
-    "CATCH_UP", "MOMENTS_MAX", "OUTCOMES", "WINDOW_MAX_S", "WINDOW_MIN_S", "Activity", "Ask", "Began", "Closing",
-    "Directive", "Due", "Flight", "Gate", "Held", "Hold", "Kill", "News", "Outcome", "Pace", "Rule", "Rules", "Say",
-    "Schedule", "Seen", "Session", "Several", "State", "Step", "Stop", "StopToo", "Waiting", "ask_by_hand", "bounced",
-    "bounded", "ceiling_at", "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back", "has_order",
-    "held_by", "is_over", "kill_held", "kill_refused", "next_step", "offset", "overdue", "ran_at", "revised", "step",
-    "stop", "timing", "upcoming",
+    "ASKS_MAX", "CATCH_UP", "MOMENTS_MAX", "OUTCOMES", "WINDOW_MAX_S", "WINDOW_MIN_S", "Activity", "Ask", "Began",
+    "Closing", "Directive", "Due", "Flight", "Gate", "Held", "Hold", "Kill", "News", "Outcome", "Pace", "Rule", "Rules",
+    "Say", "Schedule", "Seen", "Session", "Several", "State", "Step", "Stop", "StopToo", "Waiting", "ask_by_hand",
+    "bounced", "bounded", "ceiling_at", "compare", "due", "early", "edited", "first_fire", "foreign", "gives_back",
+    "has_order", "held_by", "is_over", "kill_held", "kill_refused", "next_step", "offset", "overdue", "ran_at",
+    "revised", "step", "stop", "timing", "upcoming", "yields_to_ticks",
 ]  # fmt: skip

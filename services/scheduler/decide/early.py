@@ -41,7 +41,7 @@ def early(
     wanted: list[tuple[Reason, str]] = []
     if critical_since is not None and age >= timedelta(seconds=rules.critical_preempt_after_s):
         wanted.append(("critical_waiting", critical_since.isoformat()))
-    if _yields_to_ticks(session, rules) and age >= timedelta(seconds=rules.session_min_s):
+    if yields_to_ticks(session, rules, now):
         wanted += [("tick_waiting", tick.about) for tick in ticks if _waits_long(tick, rules, now)]
     known = {(ask.reason, ask.about) for ask in session.asks}
     deadline_at = now + timedelta(seconds=rules.checkpoint_grace_s)
@@ -51,7 +51,12 @@ def early(
     return (replace(session, asks=(*session.asks, *asks)), says) if asks else (session, ())
 
 
-def _yields_to_ticks(session: Session, rules: Rules) -> bool:
+def yields_to_ticks(session: Session, rules: Rules, now: datetime) -> bool:
+    """Whether a tick that waits may ask it: of others nobody need know what waits."""
+    if session.state is not State.RUNNING or len(session.asks) >= ASKS_MAX:
+        return False
+    if now - session.started_at < timedelta(seconds=rules.session_min_s):
+        return False
     match rules.tick_preempts:
         case "all":
             return True

@@ -7,23 +7,23 @@ nothing and loses nothing.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 
-from services.scheduler import decide, store
-from services.scheduler.cron import CronError
-from services.scheduler.decide import Activity, Began, Closing, Rules, Seen, Session, State, Waiting
+from services.scheduler import decide, store, turns
+from services.scheduler.decide import Began, Closing, Session, State
 from services.scheduler.metrics import KILLS, KILLS_WAITING, OPEN, UNENFORCEABLE
-from services.scheduler.rules import rule_of
 from services.scheduler.sessions import telling
+from services.scheduler.sessions.ending import end
+from services.scheduler.sessions.snapshots import take_in
 from services.scheduler.sessions.telling import Turn
 from services.scheduler.settings import Settings
-from services.scheduler.store import SQL, OpenFire
+from services.scheduler.store import SQL
 from shared.broker import Publisher
-from shared.database import Connection, Pool, Trouble, classify, in_words, transact
-from shared.facts import BacklogSnapshot, GateClosed, KillDone, NamedBacklog, Running
+from shared.database import Connection, Pool, in_words, transact
+from shared.facts import BacklogSnapshot, GateClosed, KillDone
 from shared.intake import Tell
 from shared.loops import Loop
 from shared.snapshots import Assembly
@@ -31,11 +31,8 @@ from shared.telemetry import log
 
 _BATCH = 200
 _MEASURE_S = 5.0
-_HELD_ELSEWHERE_S = 0.05
 _FAILED_S = 60.0
 """How long a session is left alone whose step could not be taken."""
-_SILENT_LOOKS = 2
-_SILENT_MIN_S = 2.0
 
 
 class Sessions:
@@ -79,7 +76,7 @@ class Sessions:
         ]
         await store.save_sessions(connection, [(decide.revised(each), now) for each in marked])
         for name, result in sorted(ended.items()):
-            await _end(connection, [name], f"kill_{result}", now, turn)
+            await end(connection, [name], f"kill_{result}", now, turn)
             for gone in await store.answer_orders(connection, [name], f"kill_{result}"):
                 turn.told += telling.facts(gone, [decide.Gate(None)], now)
 
@@ -100,31 +97,22 @@ class Sessions:
         parts, self._newest = self._newest, []
         if parts:
             try:
-                self._tell(await transact(self._pool, partial(self._take_in, parts)))
+                self._tell(await transact(self._pool, partial(take_in, self._settings, parts)))
             except BaseException:
                 self._newest = self._newest or parts
                 raise
         if not self._looked_at_all:  # our own settings may be others than when these were looked at last
             await self._pool.execute(SQL["look_at_sessions"])
             self._looked_at_all = True
-        try:
-            turn = await transact(self._pool, partial(self._step, now=now))
-        except Exception as error:
-            if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
-                raise
-            log.warning("batch_repeated_singly", error=in_words(error))
-            turn = await transact(self._pool, partial(self._step_singly, now=now))
+        turn = await turns.take(self._pool, partial(self._step, now=now), partial(self._step_singly, now=now))
         self._tell(turn)
         if turn.more:
             return 0.0
-        until_s: float | None = await self._pool.fetchval(SQL["next_session_in"], now)
-        if until_s is None:
-            return self._settings.look_s
-        return min(max(until_s, _HELD_ELSEWHERE_S if until_s <= 0 else 0.001), self._settings.look_s)
+        return turns.sleep_s(await self._pool.fetchval(SQL["next_session_in"], now), self._settings.look_s)
 
     async def probe(self) -> None:
         """For /readyz: as long as it stands still nothing that does not end is ended."""
-        await self.loop.probe(max(_SILENT_LOOKS * self._settings.look_s, _SILENT_MIN_S))
+        await turns.probe(self.loop, self._settings.look_s)
 
     async def measure(self) -> float:
         counts: dict[str, int] = dict.fromkeys((state.value for state in State), 0)
@@ -164,15 +152,9 @@ class Sessions:
         turn.more = len(claimed) == _BATCH
         for session in claimed:
             alone = Turn()
-            try:
-                async with connection.transaction():
-                    await self._take_steps(connection, [session], moment, alone)
-            except Exception as error:
-                if classify(error) in (Trouble.INFRASTRUCTURE, Trouble.CONFLICT):
-                    raise
-                await connection.execute(SQL["look_later"], session.session_id, moment, _FAILED_S)
-                turn.failed.append((session, in_words(error)))
-            else:
+            write = partial(self._take_steps, connection, [session], moment, alone)
+            give_up = partial(_look_later, connection, session, moment, turn)
+            if await turns.alone(connection, write, give_up):
                 turn.told += alone.told
                 turn.stepped += alone.stepped
         return turn
@@ -197,117 +179,10 @@ class Sessions:
         await store.save_sessions(connection, saved)
         turn.told = await telling.order(connection, turn.told)
 
-    # ── snapshots ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _take_in(self, parts: Sequence[BacklogSnapshot], connection: Connection) -> Turn:
-        """Note what has begun, end what has gone, and ask for room where somebody waits."""
-        turn = Turn()
-        read_at = min(part.occurred_at for part in parts)
-        at = await connection.fetchval(SQL["take_snapshot"], read_at, parts[0].snapshot_id)
-        if at is None:
-            return turn  # a replica was quicker
-        now = await store.clock(connection)
-        named = {each.workspace_id: each for part in parts for each in part.backlogs}
-        known = await store.open_sessions(connection)
-        lives = await store.incarnations(connection, named.keys() | {each.workspace_id for each in known})
-        for name, each in named.items():
-            lives[name] = max(lives.get(name, 0), each.incarnation)
-        seen = [session for name in sorted(named) for session in _seen(named[name])]
-        unexplained = Counter({name: each.foreign for name, each in named.items() if each.foreign})
-        news = decide.compare(
-            known, seen, lives, at, unexplained=unexplained, note_after_s=self._settings.session_note_s
-        )
-        unexplained.subtract(each.workspace_id for each in news.lingering)
-        begun, ended = await self._foreign(connection, named, +unexplained, known, at)
-        over = {each.session_id for each in (*news.outlived, *news.gone, *ended)}
-        await store.lock_sessions(connection, over)  # all of them in key order; they end in two parts
-        await _end(connection, [each.session_id for each in news.outlived], "new_life", now, turn)
-        await _end(connection, [each.session_id for each in (*news.gone, *ended)], "gone", now, turn)
-        await store.begin_sessions(connection, [*news.begun, *begun], at)
-        going_on = [each for each in known if each.session_id not in over]
-        await self._ask_for_room(connection, [*going_on, *news.begun, *begun], named, turn)
-        return turn
-
-    @staticmethod
-    async def _foreign(
-        connection: Connection,
-        named: Mapping[str, NamedBacklog],
-        unexplained: Mapping[str, int],
-        known: Sequence[Session],
-        at: datetime,
-    ) -> tuple[list[Session], list[Session]]:
-        """What has begun and ended of work that nothing explains."""
-        running = {each.workspace_id: each for each in known if each.kind == "foreign"}
-        activities = await store.read_activities(connection)
-        begun: list[Session] = []
-        ended: list[Session] = []
-        changed: list[Activity] = []
-        in_doubt = {name for name, each in activities.items() if each.beats}
-        for name in sorted(unexplained.keys() | in_doubt | running.keys()):
-            backlog = named.get(name)
-            before = activities.get(name, Activity(name))
-            after, session, is_over = decide.foreign(
-                before, name in running, at=at,
-                count=unexplained.get(name, 0),
-                beat_at=backlog.beat_at if backlog else None,
-                incarnation=backlog.incarnation if backlog else before.incarnation,
-            )  # fmt: skip
-            if after != before:
-                changed.append(after)
-            if session is not None:
-                begun.append(session)
-            if is_over:
-                ended.append(running[name])
-        await store.save_activities(connection, changed)
-        return begun, ended
-
-    async def _ask_for_room(
-        self, connection: Connection, sessions: Sequence[Session], named: Mapping[str, NamedBacklog], turn: Turn
-    ) -> None:
-        """Early requests, where a session runs and somebody waits for it. They are read again once they are held."""
-        running = [each for each in sessions if each.state is State.RUNNING]
-        names = sorted({each.workspace_id for each in running})
-        rules = await store.read_rules(connection, names, self._settings.rules)
-        now = await store.clock(connection)
-        ticks = _ticks(await store.open_fires(connection, names), named)
-        asked: dict[str, tuple[Session, tuple[decide.Directive, ...]]] = {}
-        for session in running:
-            after, says = self._early(session, rules[session.workspace_id], now, named, ticks)
-            if says:
-                asked[session.session_id] = (after, says)
-        saved = []
-        for held in await store.lock_sessions(connection, asked):
-            if held.state is not State.RUNNING:
-                continue  # it has taken a step meanwhile
-            after, says = self._early(held, rules[held.workspace_id], now, named, ticks)
-            saved.append((decide.revised(after), now))  # looked at now: its asks are said again in time
-            turn.told += telling.facts(after, says, now)
-        await store.save_sessions(connection, saved)
-
-    @staticmethod
-    def _early(
-        session: Session,
-        rules: Rules,
-        now: datetime,
-        named: Mapping[str, NamedBacklog],
-        ticks: Mapping[str, Sequence[Waiting]],
-    ) -> tuple[Session, tuple[decide.Directive, ...]]:
-        backlog = named.get(session.workspace_id)
-        return decide.early(
-            session, rules, now, ticks=ticks.get(session.workspace_id, ()),
-            critical_since=backlog.critical_waiting_since if backlog else None,
-        )  # fmt: skip
-
-
-async def _end(connection: Connection, session_ids: Sequence[str], reason: str, now: datetime, turn: Turn) -> None:
-    """End sessions; those whose gate was closed leave it.
-
-    Not while an order to kill is on its way, which would end what begins next: its answer opens the gate, or time does.
-    """
-    for session in await store.end_sessions(connection, session_ids, reason, now):
-        turn.ended.append((session, reason))
-        if session.stop_reason is not None and not (reason == "gone" and decide.has_order(session, now)):
-            turn.told += telling.facts(session, [decide.Gate(None)], now)
+async def _look_later(connection: Connection, session: Session, moment: datetime, turn: Turn, error: Exception) -> None:
+    await connection.execute(SQL["look_later"], session.session_id, moment, _FAILED_S)
+    turn.failed.append((session, in_words(error)))
 
 
 def _by_workspace(sessions: Sequence[Session]) -> dict[str, list[Session]]:
@@ -315,36 +190,6 @@ def _by_workspace(sessions: Sequence[Session]) -> dict[str, list[Session]]:
     for session in sessions:
         found[session.workspace_id].append(session)
     return found
-
-
-def _ticks(fires: Sequence[OpenFire], named: Mapping[str, NamedBacklog]) -> dict[str, list[Waiting]]:
-    """The ticks that wait, by workspace: fires on their way that are not being delivered."""
-    delivered = {each.session_id.partition(":")[0] for backlog in named.values() for each in backlog.running}
-    found: dict[str, list[Waiting]] = defaultdict(list)
-    for fire in fires:
-        if str(fire.queue_id) not in delivered:
-            about = f"{fire.schedule.schedule_id} {fire.fire_at.isoformat()}"
-            found[fire.schedule.workspace_id].append(Waiting(about, fire.fire_at, _period_s(fire)))
-    return found
-
-
-def _period_s(fire: OpenFire) -> float | None:
-    try:
-        following = rule_of(fire.schedule).next(fire.fire_at)
-    except CronError:
-        return None  # its zone is gone; the calendar says so
-    return (following - fire.fire_at).total_seconds() if following is not None else None
-
-
-def _seen(backlog: NamedBacklog) -> list[Seen]:
-    def of(running: Running, kind: str) -> Seen:
-        return Seen(
-            session_id=running.session_id, kind="delivery" if kind == "delivery" else "forward",
-            workspace_id=backlog.workspace_id, incarnation=backlog.incarnation, started_at=running.started_at,
-            ceiling_s=running.ceiling_s, schedule_id=running.schedule_id,
-        )  # fmt: skip
-
-    return [of(each, "delivery") for each in backlog.running] + [of(each, "forward") for each in backlog.forwards]
 
 
 def _closing(fact: GateClosed) -> Closing:

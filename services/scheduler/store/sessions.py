@@ -160,10 +160,11 @@ async def save_activities(connection: Connection, activities: Sequence[Activity]
         await connection.execute(SQL["save_activities"], *turned(rows))
 
 
-async def open_fires(connection: Connection, workspace_ids: Sequence[str]) -> list[OpenFire]:
+async def open_fires(connection: Connection, workspace_ids: Sequence[str], each: int) -> list[OpenFire]:
+    """The oldest `each` of every one of these workspaces, so that none of them hides another's."""
     if not workspace_ids:
         return []
-    rows = await connection.fetch(SQL["open_fires"], workspace_ids)
+    rows = await connection.fetch(SQL["open_fires"], workspace_ids, each)
     return [OpenFire(row["fire_at"], row["queue_id"], schedule_of(row)) for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""The scheduler on a machine whose clock is wrong: `python -m tests.integration.skewed_scheduler SECONDS`.
+"""A service on a machine whose clock is wrong: `python -m tests.integration.skewed SERVICE SECONDS`.
 
 What Python calls the time is that much later or earlier; timers, which are monotonic, are left alone.
 """
@@ -12,7 +12,7 @@ import time
 from datetime import datetime
 from typing import Any
 
-SKEW_S = float(sys.argv[1])
+SKEW_S = float(sys.argv[2])
 _time, _time_ns = time.time, time.time_ns
 _datetime: Any = datetime
 
@@ -32,8 +32,10 @@ def skew() -> None:
 
 if __name__ == "__main__":
     skew()
-    from services.scheduler.__main__ import main
-    from services.scheduler.settings import Settings
+    from importlib import import_module
+
     from shared.service import start
 
-    sys.exit(start("scheduler", Settings, main))
+    name = sys.argv[1]
+    settings = import_module(f"services.{name}.settings").Settings
+    sys.exit(start(name, settings, import_module(f"services.{name}.__main__").main))
