@@ -8,22 +8,22 @@ Postgres is back; nothing new is claimed meanwhile, because claiming needs Postg
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from uuid import UUID
 
 from services.queue import decide, fires, store
 from services.queue.backlogs import read_backlogs
-from services.queue.decide import Finish, Item, Requeue, Workspace
+from services.queue.decide import Item
 from services.queue.deliver import Delivery, Ending
 from services.queue.evidence import Evidence
-from services.queue.metrics import DELIVERIES, ENDED, REQUEUES, RUNNING, STARVATION_TURNS, WAIT, WAITED
+from services.queue.metrics import DELIVERIES, REQUEUES, RUNNING, STARVATION_TURNS, WAIT, WAITED
 from services.queue.settings import Settings
-from services.queue.store import SQL, Settled
+from services.queue.settling import account, begin, ends, settle
+from services.queue.store import SQL
 from shared import outbox
 from shared.agents import Agents
 from shared.broker import Publisher
@@ -34,7 +34,6 @@ from shared.telemetry import log
 
 TURN_ENDINGS_MAX = 256
 TURN_WORKSPACES_MAX = 64
-_RIDES_ALONG_MAX = 64 << 10
 _WRITE_BACK_S = 10.0
 """How long a stopping replica tries to write what it still holds."""
 
@@ -178,7 +177,7 @@ class Drain:
         names = {ending.item.workspace_id for ending in endings} | set(ready)
         before = await store.lock(connection, names, now)
         moment, after = before.now, dict(before)
-        settled = await self._settle(connection, endings, before)
+        settled = await settle(connection, endings, before, self._settings)
         ended = await store.finish(connection, settled)
         returned = await store.requeue(connection, settled)
         for each in settled:
@@ -203,7 +202,7 @@ class Drain:
         for name, mine in claimed.items():
             after[name] = begin(after[name], mine)
         await store.save_counters(connection, before, after)
-        told = [*_ends(settled, ended), *absorbed.facts]
+        told = [*ends(settled, ended), *absorbed.facts]
         if told:
             await outbox.add(connection, told)
         moved = {name: workspace for name, workspace in after.items() if workspace != before[name]}
@@ -221,48 +220,6 @@ class Drain:
         starved = sum(each.starved for each in claimed.values())
         requeued = [each.fate.reason or "" for each in settled if each.item.queue_id in returned]
         return Turn(items, [*begun, *backlogs], claimed_at, starved=starved, requeued=requeued)
-
-    async def _settle(
-        self, connection: Connection, endings: Sequence[Ending], workspaces: Mapping[str, Workspace]
-    ) -> list[Settled]:
-        """Give each ending its fate; what else is wanted of an item counts only where no real answer has come."""
-        open_ = [
-            ending.item.queue_id
-            for ending in endings
-            if decide.may_have_been_stopped(ending.reply, task_canceled=ending.task_canceled)
-        ]
-        instead = await fires.instead(connection, open_)
-        return [
-            self._settled(each, workspaces[each.item.workspace_id], instead.get(each.item.queue_id, fires.NOTHING))
-            for each in endings
-        ]
-
-    def _settled(self, ending: Ending, workspace: Workspace, instead: fires.Instead) -> Settled:
-        item = ending.item
-        fate = decide.fate(
-            ending.reply,
-            attempts=item.attempts,
-            deaths=item.deaths,
-            at_most_once=item.at_most_once,
-            cancel_requested=instead.canceled_as is not None or item.cancel_requested,
-            canceled_as=instead.canceled_as or "canceled",
-            stopped_for=instead.stopped_for,
-            task_canceled=ending.task_canceled,
-            critical_waits=workspace.waiting_critical > 0,
-            attempts_max=self._settings.attempts_max,
-            deaths_max=self._settings.deaths_max,
-        )
-        wait_s = 0.0
-        if isinstance(fate, Requeue) and (fate.closes or fate.row_wait):
-            wait_s = decide.busy_wait_s(
-                workspace.busy_streak if fate.closes else item.attempts,
-                retry_after_s=ending.retry_after_s,
-                base_s=self._settings.busy_base_s,
-                cap_s=self._settings.busy_cap_s,
-                jitter=random.random(),  # noqa: S311 - spreads load, guards nothing
-            )
-        answer = ending.answer if isinstance(fate, Finish) else None
-        return Settled(item, fate, answer, ending.error, wait_s)
 
     def _start(self, item: Item) -> None:
         name = item.workspace_id
@@ -339,56 +296,3 @@ def _one_each(endings: Iterable[Ending]) -> list[Ending]:
     for ending in endings:
         first.setdefault(ending.item.queue_id, ending)
     return list(first.values())
-
-
-def begin(workspace: Workspace, claimed: store.Claimed) -> Workspace:
-    """Bring a workspace up to date with what was claimed in it."""
-    priorities = [item.priority for item in claimed.items]
-    return decide.begin(workspace, priorities, claimed.floors, served_critical=claimed.served_critical)
-
-
-def account(workspace: Workspace, settled: Settled, row: store.Ended, now: float) -> Workspace:
-    """Bring a workspace up to date with one item that ended or went back."""
-    fate = settled.fate
-    if row.was == "queued":  # a late success of an earlier delivery ended a row that waited again
-        return decide.leave(workspace, row.priority)
-    ended = decide.end(
-        workspace, fate.ending, begun_at=row.dispatched_at, now=now, back_at=row.place, priority=row.priority
-    )
-    if isinstance(fate, Requeue) and fate.closes:
-        return replace(ended, not_before=now + settled.wait_s, busy_streak=ended.busy_streak + 1)
-    if fate.ending is decide.Ending.ANSWERED:
-        return replace(ended, not_before=None, busy_streak=0)
-    return ended
-
-
-def _ends(settled: Iterable[Settled], ended: Mapping[UUID, store.Ended]) -> Iterator[Fact]:
-    """What is told of those that have ended, and of the fires that they were."""
-    for each in settled:
-        row = ended.get(each.item.queue_id)
-        if row is None:
-            continue
-        yield change(each, row)
-        if row.fire is not None:
-            assert isinstance(each.fate, Finish)
-            began_at = row.dispatched_at if each.fate.ending is not decide.Ending.NEITHER else None
-            yield fires.settled(
-                row.workspace_id, row.queue_id, row.fire, each.fate.status, each.fate.reason, began_at=began_at
-            )
-
-
-def change(settled: Settled, row: store.Ended) -> ItemChanged:
-    """The fact that an item has ended."""
-    assert isinstance(settled.fate, Finish)
-    ENDED.labels(settled.fate.status.value).inc()
-    answer = settled.answer
-    return ItemChanged(
-        workspace_id=row.workspace_id,
-        rev=row.rev,
-        queue_id=row.queue_id,
-        status=settled.fate.status,
-        reason=settled.fate.reason,
-        delivery_no=settled.item.delivery_no,
-        answer=answer if answer is not None and len(answer) <= _RIDES_ALONG_MAX else None,
-        answer_bytes=len(answer) if answer is not None else None,
-    )

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 import asyncpg
-from uuid_utils.compat import uuid7
 
-from services.queue import decide, fires, store
-from services.queue.backlogs import backlogs, forwards, moment
+from services.queue import decide, store
 from services.queue.decide import Reply, Workspace
 from services.queue.deliver import Delivery, Ending
 from services.queue.drain import Drain
-from services.queue.metrics import DEPTH, ENDED, GATES_CLOSED, OLDEST, OUTLIVED, OWNERS_LOST, RECONCILED
+from services.queue.metrics import OUTLIVED, OWNERS_LOST, RECONCILED
 from services.queue.settings import Settings
-from services.queue.store import PRIORITY_OF, SQL
-from shared import outbox
+from services.queue.snapshots import read_snapshot
+from services.queue.store import SQL
+from services.queue.waiting import end_waiting
 from shared.broker import Publisher
 from shared.database import Connection, Pool, Trouble, classify, transact
-from shared.facts import BacklogSnapshot, Fact, ItemChanged, ItemStatus, NamedBacklog, Priority
 from shared.loops import Loop
 from shared.telemetry import log
 
 _PAGE = 500
 _COUNT_MAX = 1001
 """Waiting items that a look at a counter counts in one workspace: one more than the depth at which proxies refuse."""
-_SNAPSHOT_PART = 200
 
 
 @dataclass(slots=True)
@@ -274,63 +269,13 @@ class Loops:
         if wait_s > 0:
             return wait_s  # one serves all who ask meanwhile
         self._snapshot_at = time.monotonic()
-        async with self.pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
-            now = await store.begun_at(connection)
-            active = await store.read_active(connection)
-            workspaces = {each.workspace_id: each for each in active if decide.is_named(each, now)}
-            found = await backlogs(connection, workspaces, now)
-            oldest = await store.oldest(
-                connection, [(name, lane) for name in workspaces for lane in (decide.CRITICAL_LANE, decide.REST_LANE)]
-            )
-        for (name, _), at in oldest.items():
-            found[name]["oldest_at"] = min(at, found[name].get("oldest_at", at))
-        _measure(workspaces.values(), oldest, now)
-        named = [_named(workspaces[name], backlog, now) for name, backlog in found.items()]
-        parts = [named[at : at + _SNAPSHOT_PART] for at in range(0, len(named), _SNAPSHOT_PART)] or [[]]
         self._snapshots += 1
-        snapshot_id = uuid7()
-        for number, part in enumerate(parts):
-            self.publisher.post(
-                BacklogSnapshot(
-                    rev=self._snapshots,
-                    occurred_at=moment(now),
-                    snapshot_id=snapshot_id,
-                    part=number,
-                    parts=len(parts),
-                    backlogs=part,
-                )
-            )
+        for fact in await read_snapshot(self.pool, rev=self._snapshots):
+            self.publisher.post(fact)
         return self.settings.snapshot_s
 
 
 _COUNTERS = ("waiting", "waiting_critical", "waiting_info", "running")
-
-
-def _named(workspace: Workspace, backlog: Mapping[str, Any], now: float) -> NamedBacklog:
-    return NamedBacklog(
-        workspace_id=workspace.workspace_id,
-        rev=workspace.rev,
-        incarnation=workspace.incarnation,
-        forwards=forwards(decide.live_forwards(workspace, now)),
-        foreign=decide.foreign(workspace, now),
-        beat_at=moment(workspace.beat_at) if workspace.beat_at is not None else None,
-        **backlog,
-    )
-
-
-def _measure(workspaces: Iterable[Workspace], oldest: Mapping[tuple[str, int], datetime], now: float) -> None:
-    """Set the gauges of what waits in all workspaces."""
-    depth = Counter[Priority]()
-    closed = 0
-    for workspace in workspaces:
-        depth.update(decide.by_priority(workspace))
-        closed += decide.gate_until(workspace, now) is not None
-    GATES_CLOSED.set(closed)
-    for priority in Priority:
-        DEPTH.labels(priority.value).set(depth[priority])
-    for lane, word in ((decide.CRITICAL_LANE, "critical"), (decide.REST_LANE, "rest")):
-        ages = [now - at.timestamp() for (_, each), at in oldest.items() if each == lane]
-        OLDEST.labels(word).set(max(ages, default=0.0))
 
 
 def _differs(said: Workspace | None, row: asyncpg.Record) -> bool:
@@ -340,26 +285,3 @@ def _differs(said: Workspace | None, row: asyncpg.Record) -> bool:
         critical = min(said.waiting_critical, _COUNT_MAX)
         return (_COUNT_MAX, critical, said.running) != (row["waiting"], row["waiting_critical"], row["running"])
     return any(getattr(said, each) != row[each] for each in _COUNTERS)
-
-
-async def end_waiting(
-    connection: Connection, items: Sequence[tuple[UUID, str]], status: str, reason: str
-) -> list[UUID]:
-    """End items that wait, visibly; return those that did (a claim may have been first)."""
-    before = await store.lock(connection, {name for _, name in items})
-    rows = await store.end(connection, [(queue_id, status, reason, None) for queue_id, _ in items])
-    after = dict(before)
-    for row in rows:
-        after[row["workspace_id"]] = decide.leave(after[row["workspace_id"]], PRIORITY_OF[row["priority"]])
-        ENDED.labels(status).inc()
-    await store.save(connection, before, after)
-    told: list[Fact] = []
-    for row in rows:
-        name, queue_id, ended = row["workspace_id"], row["queue_id"], ItemStatus(status)
-        told.append(ItemChanged(workspace_id=name, rev=row["rev"], queue_id=queue_id, status=ended, reason=reason))
-        if fire := store.fire_of(row):
-            began_at = row["dispatched_epoch"] if row["attempts"] else None
-            told.append(fires.settled(name, queue_id, fire, ended, reason, began_at=began_at))
-    if told:
-        await outbox.add(connection, told)
-    return [row["queue_id"] for row in rows]

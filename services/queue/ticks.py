@@ -15,9 +15,9 @@ from services.queue import decide, store
 from services.queue.backlogs import read_backlogs
 from services.queue.decide import Keep, Merge, Place, Settle, Tick, Workspace
 from services.queue.drain import Drain
-from services.queue.loops import end_waiting
 from services.queue.metrics import TICKS
 from services.queue.store import Locked
+from services.queue.waiting import end_waiting
 from shared import outbox
 from shared.broker import Publisher
 from shared.database import Connection

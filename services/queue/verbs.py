@@ -17,8 +17,8 @@ from uuid_utils.compat import uuid7
 
 from services.queue import decide, store
 from services.queue.items import UNKNOWN, Answer, find, problem, show
-from services.queue.loops import end_waiting
 from services.queue.store import PRIORITIES, PRIORITY_OF, SQL
+from services.queue.waiting import end_waiting
 from shared.database import Connection
 from shared.facts import MessageBusy, Priority, QueueQuery
 

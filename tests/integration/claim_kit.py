@@ -17,8 +17,9 @@ from pydantic import SecretStr
 
 from services.queue import store
 from services.queue.deliver import Ending
-from services.queue.drain import Drain, Turn, begin
+from services.queue.drain import Drain, Turn
 from services.queue.settings import Settings
+from services.queue.settling import begin
 from services.queue.store import SQL
 from shared.addresses import AddressRules
 from shared.agents import Agents

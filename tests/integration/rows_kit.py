@@ -10,8 +10,8 @@ from uuid_utils.compat import uuid7
 
 from services.queue import decide, store
 from services.queue.decide import Item, Reply
-from services.queue.drain import account, begin
 from services.queue.keeping import keep
+from services.queue.settling import account, begin
 from services.queue.store import Settled
 from shared.database import Connection, Pool, transact
 from shared.facts import MessageBusy
