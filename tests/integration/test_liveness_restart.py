@@ -398,6 +398,34 @@ async def test_a_crash_loop_is_given_up_and_an_operator_brings_it_back(one: Repl
     assert [row["action"] for row in await one.pool.fetch("SELECT * FROM audit")] == ["restart"]
 
 
+async def test_one_that_runs_and_is_never_heard_is_restarted_after_its_boot_and_given_up_at_last(
+    one: Replica, engine: FakeEngine
+) -> None:
+    """A-L-17, D-S9, D-S10: neither left booting for ever nor restarted for ever; its first word brings it back."""
+    await one.up(None, "w1")
+    now = datetime.now(UTC)
+    for starts in range(1, 6):
+        await one.restart(now)
+        assert len(engine.calls) == starts
+        await one.look(now + timedelta(seconds=119))
+        assert (await agent_row(one.pool, "w1"))["status"] == "restarting"
+        now += timedelta(seconds=120)
+        await one.look(now)
+    rows = await restart_rows(one.pool, "w1")
+    assert [row["reason"] for row in rows] == ["first_start", *["unheard"] * 4]
+    assert [row["container_id"] for row in rows[1:]] == ["c1", "c2", "c3", "c4"], "each ends the one before it"
+    for minutes in range(3):
+        await one.look(now + timedelta(minutes=minutes))
+        await one.restart(now + timedelta(minutes=minutes))
+    row = await agent_row(one.pool, "w1")
+    assert (row["status"], row["reason"]) == (
+        "gave_up", "5 unheard starts: given up until an operator or a new registration",
+    )  # fmt: skip
+    assert engine.running == {"w1": "c5"}, "what runs is left for somebody to look at"
+    await one.hear(beat("w1", incarnation=2))
+    assert (await agent_row(one.pool, "w1"))["status"] == "online"
+
+
 async def test_an_agent_that_can_hear_is_told_before_its_restart(one: Replica, engine: FakeEngine) -> None:
     """A-L-19."""
     await one.up(engine, "w1")

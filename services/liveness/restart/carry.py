@@ -124,7 +124,8 @@ class Restarts:
             SQL["lease_restart"], restart.restart_id, moment, self._settings.lease_s, self._settings.replica_id
         )
         words = f"it is being restarted: {restart.reason}"
-        down = believed(life, Status.RESTARTING, words)
+        # The boot of a start before this one, if it was never heard, is over with it.
+        down = believed(replace(life, boot_until=None), Status.RESTARTING, words)
         await store.save(connection, {life.workspace_id: life}, [down], moment)
         left_s = min(((row - moment).total_seconds() for row in live), default=0.0)
         return _Job(restart, down, begun + self._settings.lease_s, begun + left_s)
