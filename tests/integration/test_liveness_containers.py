@@ -206,7 +206,7 @@ async def test_a_container_stopped_by_hand_stays_down_where_it_is_not_wanted_up(
 async def test_a_restart_or_redeployment_by_hand_is_not_raced(one: Replica, engine: Engine, agent: Any) -> None:
     """It is down for a moment between two looks, and comes back as another life."""
     await up(one)
-    exits = asyncio.create_task(one.loops.exits(one.restarts._drivers["docker"]))
+    exits = asyncio.create_task(one.looks.exits(one.restarts._drivers["docker"]))
     await until(lambda: _hears(one))
     await asyncio.to_thread(agent.restart)
     agent.remove(force=True)

@@ -157,7 +157,7 @@ async def test_a_failed_delivery_is_looked_into_and_a_real_crash_found_by_it(one
     """D-S2, D-S7: the request that failed is what finds a machine that died long ago."""
     await crashed(one, engine, "w1")
     await one.hear(WorkspaceEvidence(workspace_id="w1", rev=1, incarnation=1, kind=EvidenceKind.REFUSED))
-    await one.loops.look()
+    await one.looks.look()
     assert [row["reason"] for row in await restart_rows(one.pool, "w1")] == ["not_found"]
 
 
@@ -317,7 +317,7 @@ async def test_the_last_words_of_a_container_that_has_ended_take_nothing_back(on
     await one.up(engine, "w1")
     ended = Exit("w1", engine.running["w1"])
     engine.crash("w1")
-    await one.loops._ended(ended)
+    await one.looks._ended(ended)
     await one.hear(beat("w1"))
     assert (await agent_row(one.pool, "w1"))["status"] == "offline"
     await one.restart()
@@ -325,7 +325,7 @@ async def test_the_last_words_of_a_container_that_has_ended_take_nothing_back(on
     ended = Exit("w1", engine.running["w1"])
     await one.hear(beat("w1"))
     engine.crash("w1")
-    await one.loops._ended(ended)
+    await one.looks._ended(ended)
     engine.start("w1")
     await one.hear(beat("w1", incarnation=2))
     await one.restart()
