@@ -106,8 +106,10 @@ async def test_a_container_that_dies_is_restarted_once_within_seconds(
         await until(lambda: _knows(pool, engine.life(agent)))
         await bus.publish(beat("w1"))
         await until(lambda: _is_heard(pool))
+        before = engine.life(agent)
         engine.crash(agent)
         await until(lambda: _has(pool, "restarting"), within_s=5)
+        await until(lambda: _is(engine.life(agent) != before))
         await until(lambda: _knows(pool, engine.life(agent)))
         await bus.publish(beat("w1", incarnation=2))
         await until(lambda: _has(pool, "online"))
@@ -246,6 +248,10 @@ async def test_a_frozen_engine_restarts_nobody(one: Replica, engine: Engine, age
 
 async def _knows(pool: Pool, life: str) -> bool:
     return bool(await pool.fetchval("SELECT container_id FROM agents WHERE workspace_id = 'w1'") == life)
+
+
+async def _is(value: bool) -> bool:
+    return value
 
 
 async def _is_heard(pool: Pool) -> bool:
