@@ -11,7 +11,8 @@ from services.liveness.drivers import Driver
 from services.liveness.drivers.process import ProcessDriver
 from services.liveness.drivers.webhook import WebhookDriver
 from services.liveness.handlers import Handlers
-from services.liveness.loops import Loops
+from services.liveness.loops.looks import Looks
+from services.liveness.loops.upkeep import Upkeep
 from services.liveness.restart.carry import Restarts
 from services.liveness.settings import Settings
 from shared.facts import (
@@ -48,11 +49,10 @@ async def main(settings: Settings) -> None:
     async with running("liveness", settings, MIGRATIONS) as service:
         drivers = drivers_of(settings)
         restarts = Restarts(settings, service.pool, drivers, told=service.relay.wake)
-        loops = Loops(
-            settings, service.pool, service.publisher, drivers, died=restarts.loop.wake, told=service.relay.wake
-        )
+        looks = Looks(settings, service.pool, drivers, died=restarts.loop.wake, told=service.relay.wake)
+        upkeep = Upkeep(settings, service.pool, service.publisher)
         acting = frozenset(drivers) if settings.mode == "act" else frozenset[str]()
-        handlers = Handlers(acting, loops.looks.wake, restarts.loop.wake)
+        handlers = Handlers(acting, looks.loop.wake, restarts.loop.wake)
         service.reader.store(WorkspaceRegistered, handlers.registered)
         service.reader.store(WorkspaceChanged, handlers.registered)
         service.reader.store(WorkspaceRemoved, handlers.removed)
@@ -62,11 +62,11 @@ async def main(settings: Settings) -> None:
         service.reader.store(SessionKill, handlers.kill)
         answers = Answers(settings, service.publisher, handlers.wake)
         service.reader.store(LivenessQuery, answers.query)
-        exits = [asyncio.create_task(loops.exits(driver), name=f"exits {name}") for name, driver in drivers.items()]
-        for loop in (loops.looks, restarts.loop):
+        exits = [asyncio.create_task(looks.exits(driver), name=f"exits {name}") for name, driver in drivers.items()]
+        for loop in (looks.loop, restarts.loop):
             service.health.add_pulse(loop.name, loop.age_s, limit_s=STUCK_S)
         try:
-            async with turning([restarts.loop, *loops.all()]):
+            async with turning([restarts.loop, looks.loop, *upkeep.loops()]):
                 await service.serve()
         finally:
             for task in exits:

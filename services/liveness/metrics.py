@@ -31,7 +31,8 @@ for seen in Seen:
 for verdict in Verdict:
     VERDICTS.labels(verdict.value)
 for reason in (
-    Reason.FIRST_START, Reason.STOPPED, Reason.NOT_FOUND, Reason.EXITED, Reason.WEDGED, Reason.OPERATOR, Reason.CEILING,
+    Reason.FIRST_START, Reason.STOPPED, Reason.NOT_FOUND, Reason.EXITED, Reason.UNHEARD, Reason.WEDGED, Reason.OPERATOR,
+    Reason.CEILING,
 ):  # fmt: skip
     RESTARTS.labels(reason.value)
 for result in ("started", "killed", "recovered", "withdrawn", "cannot_run", "replaced", "gave_up"):

@@ -27,10 +27,10 @@ class Settings(SharedSettings):
     it there is no such driver. Who may talk to an engine owns its machine."""
     webhook_secret: SecretStr | None = None
     """Signs what the webhook driver sends (HMAC-SHA256); without it there is no such driver."""
-    sweep_s: float = Field(default=10.0, gt=0, le=60)
+    sweep_s: float = Field(default=8.0, gt=0, le=60)
     """Between two looks at an agent about which nothing else is heard."""
     boot_s: float = Field(default=120.0, gt=0, le=3600)
-    """What a started agent gets until it must be heard; until then nothing restarts it."""
+    """What a started agent gets until it must be heard: until then nothing restarts it, afterwards its silence does."""
     wedged_after_s: float = Field(default=240.0, gt=0)
     """Running and busy, but neither heard nor getting on for so long is wedged."""
     settle_s: float = Field(default=15.0, ge=0)

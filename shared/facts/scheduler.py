@@ -146,7 +146,10 @@ class GateClosed(Fact):
 
 
 class SessionKill(Fact):
-    """End the container that this session runs in; of no effect once it is another life's, or after `expires_at`."""
+    """End the container that this session runs in; of no effect once it is another life's, or after `expires_at`.
+
+    `occurred_at` is when it was ordered, by the database's clock: it means no container that was started after that.
+    """
 
     session_id: str
     incarnation: Count

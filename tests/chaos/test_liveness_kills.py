@@ -99,10 +99,10 @@ class Died:
 
 @asynccontextmanager
 async def died(services: Ring, engine: Plane) -> AsyncIterator[Died]:
-    """An agent that was started and never heard: the next look at its end is its death."""
+    """An agent that was started and never speaks, and need not: the next look at its end is its death."""
     client = Agents(AddressRules(allow_loopback=True))
     made = Died(f"w-{uuid4().hex[:8]}", engine, services)
-    await _let_run(Caller(services.ready, client, "operator"), made.name, engine)
+    await _let_run(Caller(services.ready, client, "operator"), made.name, engine, heartbeat="none")
 
     async def first_is_over() -> bool:
         rows = await made.rows()
@@ -115,10 +115,10 @@ async def died(services: Ring, engine: Plane) -> AsyncIterator[Died]:
         await client.close()
 
 
-async def _let_run(operator: Caller, name: str, engine: Plane) -> None:
+async def _let_run(operator: Caller, name: str, engine: Plane, **settings: str) -> None:
     enrolled = await operator.call("POST", "/registry/register", {"id": name, "url": ""})
     assert enrolled.status == 200, enrolled.body
-    patched = await operator.call("PATCH", f"/workspaces/{name}", {"runtime": engine.runtime(name)})
+    patched = await operator.call("PATCH", f"/workspaces/{name}", {"runtime": engine.runtime(name), **settings})
     assert patched.status == 200, patched.body
 
 

@@ -26,7 +26,7 @@ from tests.e2e.operated import Operated, lines, operated
 QUICK = {
     "BIDE_LIVENESS_SWEEP_S": "1",
     "BIDE_LIVENESS_LOOK_S": "1",
-    "BIDE_LIVENESS_BOOT_S": "2",
+    "BIDE_LIVENESS_BOOT_S": "6",
     "BIDE_LIVENESS_NOTICE_S": "3",
     "BIDE_LIVENESS_BACKOFF_S": "0.5",
     "BIDE_LIVENESS_WEBHOOK_SECRET": SECRET,
@@ -261,7 +261,7 @@ async def test_a_crash_loop_is_given_up_and_comes_back_by_the_operator(lead: Cal
     async def is_given_up() -> bool:
         return bool((await show(lead, name))["status"] == "gave_up")
 
-    await until(is_given_up, within_s=60)
+    await until(is_given_up, within_s=90)
     last = ring.pid(name)
     print(f"{name}: given up after {time.monotonic() - begun:.1f} s: {(await show(lead, name))['status_reason']}")
     assert len((await life(lead, name))["restarts"]) == 5

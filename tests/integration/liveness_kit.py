@@ -23,7 +23,7 @@ from services.liveness.decide.seen import Observation, Seen
 from services.liveness.drivers import Driver, Exit, FencedError, Killed, Target
 from services.liveness.drivers.process import ProcessDriver
 from services.liveness.handlers import Handlers
-from services.liveness.loops import Loops
+from services.liveness.loops.looks import Looks
 from services.liveness.restart.carry import Restarts
 from services.liveness.settings import Settings
 from shared.database import Pool, transact
@@ -144,7 +144,7 @@ def agents(tmp_path: Path) -> Any:
     yield file
     driver = file.driver()
     for name in file.agents:
-        driver._end(name, driver._last_start(name), 0.0)
+        driver._end(name, driver._starts.last(name), 0.0)
     for child in tuple(driver._children):
         with suppress(ChildProcessError):
             os.waitpid(child, 0)
@@ -289,7 +289,7 @@ class Replica:
         self.settings = settings
         drivers = {called: engine}
         self.restarts = Restarts(settings, pool, drivers, told=_nothing)
-        self.loops = Loops(settings, pool, self, drivers, died=_nothing, told=_nothing)  # type: ignore[arg-type]
+        self.looks = Looks(settings, pool, drivers, died=_nothing, told=_nothing)
         self.handlers = Handlers(drivers if settings.mode == "act" else (), _nothing, _nothing)
         self.answers = Answers(settings, self, _nothing)  # type: ignore[arg-type]
         self._said: list[QueryAnswered] = []
@@ -324,7 +324,7 @@ class Replica:
     async def look(self, now: datetime | None = None) -> None:
         """Look at every agent, whenever it is due."""
         await self.pool.execute("UPDATE agents SET next_check_at = 'epoch' WHERE next_check_at IS NOT NULL")
-        await self.loops.look(now)
+        await self.looks.look(now)
 
     async def restart(self, now: datetime | None = None) -> None:
         """Begin what is due, and come back when the driver has answered."""

@@ -106,8 +106,10 @@ async def test_a_container_that_dies_is_restarted_once_within_seconds(
         await until(lambda: _knows(pool, engine.life(agent)))
         await bus.publish(beat("w1"))
         await until(lambda: _is_heard(pool))
+        before = engine.life(agent)
         engine.crash(agent)
         await until(lambda: _has(pool, "restarting"), within_s=5)
+        await until(lambda: _is(engine.life(agent) != before))
         await until(lambda: _knows(pool, engine.life(agent)))
         await bus.publish(beat("w1", incarnation=2))
         await until(lambda: _has(pool, "online"))
@@ -206,7 +208,7 @@ async def test_a_container_stopped_by_hand_stays_down_where_it_is_not_wanted_up(
 async def test_a_restart_or_redeployment_by_hand_is_not_raced(one: Replica, engine: Engine, agent: Any) -> None:
     """It is down for a moment between two looks, and comes back as another life."""
     await up(one)
-    exits = asyncio.create_task(one.loops.exits(one.restarts._drivers["docker"]))
+    exits = asyncio.create_task(one.looks.exits(one.restarts._drivers["docker"]))
     await until(lambda: _hears(one))
     await asyncio.to_thread(agent.restart)
     agent.remove(force=True)
@@ -246,6 +248,10 @@ async def test_a_frozen_engine_restarts_nobody(one: Replica, engine: Engine, age
 
 async def _knows(pool: Pool, life: str) -> bool:
     return bool(await pool.fetchval("SELECT container_id FROM agents WHERE workspace_id = 'w1'") == life)
+
+
+async def _is(value: bool) -> bool:
+    return value
 
 
 async def _is_heard(pool: Pool) -> bool:

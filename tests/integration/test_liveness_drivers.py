@@ -314,7 +314,7 @@ async def test_a_folder_that_others_may_write_to_is_not_believed(agents: AgentsF
 
 
 async def test_output_does_not_grow_from_start_to_start(agents: AgentsFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.liveness.drivers.process._OUTPUT_MAX", 3)
+    monkeypatch.setattr("services.liveness.drivers.process.driver._OUTPUT_MAX", 3)
     agents.add("w1", "print('once', flush=True); import time; time.sleep(60)")
     driver = agents.driver()
     runs = await started(driver, Target("w1"))

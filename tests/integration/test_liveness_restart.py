@@ -13,7 +13,7 @@ import pytest
 
 from services.liveness.decide.judge import Reason
 from services.liveness.decide.seen import Observation, Seen
-from services.liveness.drivers import CannotRunError, DriverError
+from services.liveness.drivers import CannotRunError, DriverError, Exit
 from services.liveness.restart.door import declare_dead
 from services.liveness.store import lock
 from shared.database import Connection, Pool, open_pool, transact
@@ -157,7 +157,7 @@ async def test_a_failed_delivery_is_looked_into_and_a_real_crash_found_by_it(one
     """D-S2, D-S7: the request that failed is what finds a machine that died long ago."""
     await crashed(one, engine, "w1")
     await one.hear(WorkspaceEvidence(workspace_id="w1", rev=1, incarnation=1, kind=EvidenceKind.REFUSED))
-    await one.loops.look()
+    await one.looks.look()
     assert [row["reason"] for row in await restart_rows(one.pool, "w1")] == ["not_found"]
 
 
@@ -312,6 +312,27 @@ async def test_a_beat_before_anybody_began_takes_the_restart_back(one: Replica, 
     assert engine.calls == []
 
 
+async def test_the_last_words_of_a_container_that_has_ended_take_nothing_back(one: Replica, engine: FakeEngine) -> None:
+    """D-S6: its beat was on its way when the engine told of its end. Another life of it is another matter."""
+    await one.up(engine, "w1")
+    ended = Exit("w1", engine.running["w1"])
+    engine.crash("w1")
+    await one.looks._ended(ended)
+    await one.hear(beat("w1"))
+    assert (await agent_row(one.pool, "w1"))["status"] == "offline"
+    await one.restart()
+    assert engine.calls == [("restart", "w1", 1)]
+    ended = Exit("w1", engine.running["w1"])
+    await one.hear(beat("w1"))
+    engine.crash("w1")
+    await one.looks._ended(ended)
+    engine.start("w1")
+    await one.hear(beat("w1", incarnation=2))
+    await one.restart()
+    assert [row["result"] for row in await restart_rows(one.pool, "w1")] == ["started", "recovered"]
+    assert (await agent_row(one.pool, "w1"))["status"] == "online"
+
+
 @pytest.mark.parametrize("about", [{"paused": True}, {"desired": "stopped"}, {"settings": {"cordoned": True}}])
 async def test_what_an_operator_holds_back_is_not_restarted_and_comes_back_when_he_lets_go(
     one: Replica, engine: FakeEngine, about: dict[str, Any]
@@ -396,6 +417,34 @@ async def test_a_crash_loop_is_given_up_and_an_operator_brings_it_back(one: Repl
     await one.restart(datetime.now(UTC) + timedelta(seconds=11))
     assert len(engine.calls) == 6
     assert [row["action"] for row in await one.pool.fetch("SELECT * FROM audit")] == ["restart"]
+
+
+async def test_one_that_runs_and_is_never_heard_is_restarted_after_its_boot_and_given_up_at_last(
+    one: Replica, engine: FakeEngine
+) -> None:
+    """A-L-17, D-S9, D-S10: neither left booting for ever nor restarted for ever; its first word brings it back."""
+    await one.up(None, "w1")
+    now = datetime.now(UTC)
+    for starts in range(1, 6):
+        await one.restart(now)
+        assert len(engine.calls) == starts
+        await one.look(now + timedelta(seconds=119))
+        assert (await agent_row(one.pool, "w1"))["status"] == "restarting"
+        now += timedelta(seconds=120)
+        await one.look(now)
+    rows = await restart_rows(one.pool, "w1")
+    assert [row["reason"] for row in rows] == ["first_start", *["unheard"] * 4]
+    assert [row["container_id"] for row in rows[1:]] == ["c1", "c2", "c3", "c4"], "each ends the one before it"
+    for minutes in range(3):
+        await one.look(now + timedelta(minutes=minutes))
+        await one.restart(now + timedelta(minutes=minutes))
+    row = await agent_row(one.pool, "w1")
+    assert (row["status"], row["reason"]) == (
+        "gave_up", "5 unheard starts: given up until an operator or a new registration",
+    )  # fmt: skip
+    assert engine.running == {"w1": "c5"}, "what runs is left for somebody to look at"
+    await one.hear(beat("w1", incarnation=2))
+    assert (await agent_row(one.pool, "w1"))["status"] == "online"
 
 
 async def test_an_agent_that_can_hear_is_told_before_its_restart(one: Replica, engine: FakeEngine) -> None:
@@ -514,6 +563,27 @@ async def test_a_kill_hits_no_container_that_came_later(one: Replica, engine: Fa
     await one.restart()
     assert [each.result for each in await one.told(KillDone)] == ["stale"]
     assert engine.calls == []
+
+
+async def test_an_order_that_comes_late_hits_no_container_that_was_started_since(
+    one: Replica, engine: FakeEngine
+) -> None:
+    """I6, D-S25: an agent without boot ids is heard under the same number in its next container."""
+    await crashed(one, engine, "w1")
+    ordered_at: datetime = await one.pool.fetchval("SELECT clock_timestamp()")
+    await one.look()
+    await one.restart()
+    await one.hear(beat("w1"))
+    row = await agent_row(one.pool, "w1")
+    assert (row["status"], row["incarnation"]) == ("online", 1)
+    await one.hear(kill_order("w1", session_id="late", occurred_at=ordered_at))
+    await one.restart()
+    assert [verb for verb, _, _ in engine.calls] == ["restart"]
+    await one.hear(kill_order("w1", session_id="its own"))
+    await one.restart()
+    assert [verb for verb, _, _ in engine.calls] == ["restart", "kill", "restart"]
+    results = {each.session_id: each.result for each in await one.told(KillDone)}
+    assert results == {"late": "stale", "its own": "applied"}
 
 
 async def test_a_paused_agent_is_killed_and_stays_down(one: Replica, engine: FakeEngine) -> None:

@@ -182,7 +182,7 @@ async def test_the_gates_word_puts_the_kill_into_the_outbox(supervisors: Supervi
     until = at(200)
     said = await supervisors.shut(until=until)
     (kill,) = await supervisors.kills()
-    assert (kill.session_id, kill.incarnation, kill.expires_at) == ("q:1", 1, until)
+    assert (kill.session_id, kill.incarnation, kill.occurred_at, kill.expires_at) == ("q:1", 1, at(131), until)
     assert words(said) == [], "the order leaves through the outbox, not from here"
     assert supervisors.replicas[0].relayed == 1
     row = await supervisors.row()

@@ -38,9 +38,19 @@ def suspected(since_s: float, heard_s: float = RECENTLY, **about: Any) -> Life:
     return life(heard_s, suspected_at=ago(since_s), suspected_last_at=ago(since_s), suspicions=1, **about)
 
 
+def started(boot_left_s: float, **about: Any) -> Life:
+    """We started it 120 s before that, and it was not heard since."""
+    values: dict[str, Any] = {
+        "status": Status.RESTARTING, "restarted_at": ago(120 - boot_left_s), "boot_until": ago(-boot_left_s),
+        "unheard": 1, **about,
+    }  # fmt: skip
+    return life(None, **values)
+
+
 STOPPED = Observation(Seen.STOPPED, "7:1")
 NOT_FOUND = Observation(Seen.NOT_FOUND)
 RUNNING = Observation(Seen.RUNNING, "7:1")
+ANOTHER = Observation(Seen.RUNNING, "8:1")
 TRANSITION = Observation(Seen.TRANSITION, "7:1", why="paused")
 UNKNOWN = Observation(Seen.UNKNOWN, why="timeout")
 
@@ -60,6 +70,16 @@ TABLE = [
     ("in transition while suspect", suspected(12), TRANSITION, Verdict.WAIT, Reason.TRANSITION),
     ("booting", life(None, boot_until=ago(-1)), STOPPED, Verdict.WAIT, Reason.BOOTING),
     ("its boot deadline is over", life(None, boot_until=ago(0)), STOPPED, Verdict.DEAD, Reason.STOPPED),
+    ("runs unheard, its boot nearly over", started(0.1), RUNNING, Verdict.ALIVE, Reason.RUNNING),
+    ("runs unheard, its boot over", started(0), RUNNING, Verdict.DEAD, Reason.UNHEARD),
+    ("runs unheard for long", started(-600), RUNNING, Verdict.DEAD, Reason.UNHEARD),
+    ("paused in the engine, its boot over", started(-600), TRANSITION, Verdict.WAIT, Reason.TRANSITION),
+    ("unheard because it never beats", started(0, expects_beats=False), RUNNING, Verdict.ALIVE, Reason.RUNNING),
+    ("unheard, and paused", started(0, paused=True), RUNNING, Verdict.LEFT_ALONE, Reason.PAUSED),
+    ("its restart is on its way", started(0, boot_until=None), RUNNING, Verdict.WAIT, Reason.DECLARED),
+    ("given up unheard, and runs", started(0, status=Status.GAVE_UP), RUNNING, Verdict.WAIT, Reason.DECLARED),
+    ("given up, and somebody started it", started(0, status=Status.GAVE_UP), ANOTHER, Verdict.ALIVE, Reason.RUNNING),
+    ("given up, and it is there again", life(status=Status.GAVE_UP), RUNNING, Verdict.ALIVE, Reason.RUNNING),
     ("declared dead before", life(LONG_AGO, status=Status.OFFLINE), STOPPED, Verdict.WAIT, Reason.DECLARED),
     ("given up", life(LONG_AGO, status=Status.GAVE_UP), STOPPED, Verdict.WAIT, Reason.DECLARED),
     ("stopped and heard recently", life(), STOPPED, Verdict.SUSPECT, Reason.SUSPECTED),
@@ -145,6 +165,23 @@ def test_in_doubt_silence_is_no_reason_and_a_second_look_is(doubt: Doubt) -> Non
     second = judge(first.life, STOPPED, NOW + timedelta(seconds=SPREAD_S), doubt)
     assert second.verdict is Verdict.DEAD
     assert judge(life(999, active=1), RUNNING, NOW, replace(doubt, listening_since=ago(100))).verdict is Verdict.ALIVE
+
+
+@pytest.mark.parametrize(
+    ("doubt", "verdict"),
+    [
+        (Doubt(deaf=True), Verdict.ALIVE),
+        (Doubt(fleet=True, listening_since=ago(999)), Verdict.ALIVE),
+        (Doubt(self_slow=True, listening_since=ago(999)), Verdict.ALIVE),
+        (Doubt(listening_since=ago(119)), Verdict.ALIVE),
+        (Doubt(listening_since=ago(120)), Verdict.DEAD),
+        (Doubt(listening_since=ago(121)), Verdict.DEAD),
+    ],
+    ids=["no proxy is heard", "the fleet", "this replica", "heard again 119 s ago", "120 s ago", "121 s ago"],
+)
+def test_unheard_counts_only_while_it_could_have_been_heard(doubt: Doubt, verdict: Verdict) -> None:
+    """D-S1, D-S9: a boot that a broker's outage swallowed begins anew."""
+    assert judge(started(-600), RUNNING, NOW, doubt).verdict is verdict
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,11 @@ ORDERS: list[tuple[str, Life | None, dict[str, Any], Ruling]] = [
     ("during a restart", life(status=Status.OFFLINE), {"is_opened": True}, Ruling.JOIN),
     ("started and not heard yet", life(status=Status.RESTARTING), {}, Ruling.ALREADY_ENDED),
     ("of a life that only its order knows", life(status=Status.RESTARTING), {"incarnation": 4}, Ruling.KILL),
+    ("of before its last start", life(restarted_at=ago(2)), {"ordered_at": ago(2.1)}, Ruling.STALE),
+    ("of before its last start, late", life(restarted_at=NOW), {"expires_at": ago(1)}, Ruling.STALE),
+    ("of before its last start, dead again", life(restarted_at=NOW), {"is_opened": True}, Ruling.STALE),
+    ("of the moment of its last start", life(restarted_at=ago(2)), {"ordered_at": ago(2)}, Ruling.KILL),
+    ("of after its last start", life(restarted_at=ago(2)), {"ordered_at": ago(1.9)}, Ruling.KILL),
     ("alive", life(), {}, Ruling.KILL),
     ("alive and paused", life(paused=True, status=Status.PAUSED), {}, Ruling.KILL),
 ]
@@ -141,7 +146,7 @@ ORDERS: list[tuple[str, Life | None, dict[str, Any], Ruling]] = [
 @pytest.mark.parametrize(("was", "about", "ruling"), [row[1:] for row in ORDERS], ids=[row[0] for row in ORDERS])
 def test_orders(was: Life | None, about: dict[str, Any], ruling: Ruling) -> None:
     plain: dict[str, Any] = {
-        "incarnation": 3, "expires_at": NOW + timedelta(seconds=60), "is_opened": False, "was_killed": False,
-        "drivers": ("process",), "now": NOW,
+        "incarnation": 3, "ordered_at": ago(1), "expires_at": NOW + timedelta(seconds=60), "is_opened": False,
+        "was_killed": False, "drivers": ("process",), "now": NOW,
     }  # fmt: skip
     assert rule(was, **{**plain, **about}) is ruling

@@ -32,7 +32,7 @@ class Verdict(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why. The last seven are also the reasons of restarts."""
+    """Why. The last eight are also the reasons of restarts."""
 
     PAUSED = "paused"
     CORDONED = "cordoned"
@@ -51,6 +51,7 @@ class Reason(StrEnum):
     STOPPED = "stopped"
     NOT_FOUND = "not_found"
     EXITED = "exited"
+    UNHEARD = "unheard"
     WEDGED = "wedged"
     OPERATOR = "operator"
     CEILING = "ceiling"
@@ -105,15 +106,21 @@ def _waits(life: Life, seen: Observation, now: datetime) -> tuple[Reason, str] |
     if life.status in DOWN and life.boot_until is None:
         words = f"The driver says {seen.seen}; it was declared dead before, and its restart is on its way."
         return Reason.DECLARED, words
+    if life.status is Status.GAVE_UP and not _is_anothers(life, seen):
+        return Reason.DECLARED, f"The driver says {seen.seen}; it was given up ({life.reason})."
     if seen.seen is Seen.RUNNING:
         return None
-    if life.status is Status.GAVE_UP:
-        return Reason.DECLARED, f"The driver says {seen.seen}; it was given up ({life.reason})."
     if seen.seen is Seen.TRANSITION:
         return Reason.TRANSITION, f"Somebody is at it: {seen.why or 'in transition'}."
     if life.boot_until is not None and now < life.boot_until:
         return Reason.BOOTING, f"It is booting: waiting until {_clock(life.boot_until)}, whatever is seen."
     return None
+
+
+def _is_anothers(life: Life, seen: Observation) -> bool:
+    """Whether it runs, and not as the start of ours that was given up because it never spoke."""
+    same = seen.container_id == life.container_id and seen.started_at in (None, life.started_at)
+    return seen.seen is Seen.RUNNING and not (life.unheard > 0 and same)
 
 
 def _left_alone(life: Life) -> tuple[Reason, str] | None:
@@ -153,11 +160,23 @@ def _running(life: Life, seen: Observation, now: datetime, doubt: Doubt) -> Deci
         life = believed(life, Status.ONLINE, "")
     if life.status is Status.RESTARTING and not life.expects_beats:
         life = believed(replace(life, boot_until=None, unheard=0), Status.ONLINE, "")
+    if (unheard_s := _unheard_s(life, now, doubt)) is not None:
+        words = f"It runs as {seen.container_id}, and in {unheard_s:.0f} s since its start it was never heard: dead."
+        return Decision(Verdict.DEAD, Reason.UNHEARD, words, life)
     if _is_wedged(life, now, doubt):
         silent_s = (now - _last_sign(life, doubt)).total_seconds()
         words = f"It runs with {life.active} in hand, and for {silent_s:.0f} s it was neither heard nor got on."
         return Decision(Verdict.WEDGED, Reason.WEDGED, words, _as_wedged(life, words))
     return Decision(Verdict.ALIVE, Reason.RUNNING, f"It runs as {seen.container_id}.", life)
+
+
+def _unheard_s(life: Life, now: datetime, doubt: Doubt) -> float | None:
+    """How long we have listened in vain to what we started, once that is longer than its boot may take."""
+    if life.status is not Status.RESTARTING or life.boot_until is None or life.restarted_at is None or doubt.any:
+        return None
+    boot_s = (life.boot_until - life.restarted_at).total_seconds()
+    unheard_s = (now - max(life.restarted_at, doubt.listening_since or life.restarted_at)).total_seconds()
+    return unheard_s if unheard_s >= boot_s else None
 
 
 def _as_wedged(life: Life, words: str) -> Life:

@@ -23,16 +23,19 @@ class Ruling(StrEnum):
 
 
 def rule(
-    life: Life | None, *, incarnation: int, expires_at: datetime, is_opened: bool, was_killed: bool,
-    drivers: Collection[str], now: datetime,
+    life: Life | None, *, incarnation: int, ordered_at: datetime, expires_at: datetime, is_opened: bool,
+    was_killed: bool, drivers: Collection[str], now: datetime,
 ) -> Ruling:  # fmt: skip
     """Rule on an order.
 
-    `is_opened`: a restart is open; `was_killed`: an order against this life was applied; `drivers`: those that may act.
+    `ordered_at`: by the database's clock, as starts are; `is_opened`: a restart is open; `was_killed`: an order against
+    this life was applied; `drivers`: those that may act.
     """
     if life is None or (life.driver not in drivers and not life.removed):
         return Ruling.NOT_KILLABLE
-    if incarnation < life.incarnation:
+    # An agent without boot ids keeps its number through a restart: the container that was meant is gone all the same.
+    was_replaced = life.restarted_at is not None and ordered_at < life.restarted_at
+    if incarnation < life.incarnation or (was_replaced and not was_killed):
         return Ruling.STALE
     if life.removed or was_killed:
         return Ruling.ALREADY_ENDED

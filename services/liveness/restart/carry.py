@@ -1,12 +1,12 @@
-"""Restarts that are due: leased, carried out by their driver, and written down (transaction 2)."""
+"""Restarts that are due: leased, and carried out by their driver."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import replace
+from datetime import datetime
 from functools import partial
 
 from services.liveness import store
@@ -14,8 +14,8 @@ from services.liveness.decide import budget
 from services.liveness.decide.life import Life, Status, believed
 from services.liveness.decide.seen import Observation
 from services.liveness.drivers import CannotRunError, Driver, DriverError, FencedError, Killed, Target
-from services.liveness.metrics import CALLS_FAILED
 from services.liveness.restart import door
+from services.liveness.restart.outcome import Job, Outcomes, release
 from services.liveness.settings import Settings
 from services.liveness.store import SQL, Restart
 from shared.database import Connection, Pool, transact
@@ -24,17 +24,6 @@ from shared.telemetry import log
 
 _CLAIM_MAX = 200
 _HELD_ELSEWHERE_S = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A restart that this replica holds, until `until` by its own monotonic clock."""
-
-    restart: Restart
-    life: Life
-    until: float
-    kill_until: float
-    """A kill must have begun by then: the gate opens."""
 
 
 class Restarts:
@@ -47,6 +36,7 @@ class Restarts:
         self._pool = pool
         self._drivers = drivers
         self._told = told
+        self._outcomes = Outcomes(settings)
         self._running: set[asyncio.Task[None]] = set()
         self.loop = Loop("restarts", self.run_once)
 
@@ -85,7 +75,7 @@ class Restarts:
 
     # ── transaction 1 of an agent that runs; the lease of every one ──────────────────────────────────────────────────
 
-    async def _claim(self, connection: Connection, *, now: datetime | None) -> list[_Job]:
+    async def _claim(self, connection: Connection, *, now: datetime | None) -> list[Job]:
         await connection.execute(SQL["hold_fleet"])
         begun = time.monotonic()  # before the moment that leases and orders are reckoned from: never too long
         moment = await store.clock(connection, now)
@@ -107,13 +97,13 @@ class Restarts:
     async def _begin(
         self, connection: Connection, restart: Restart, life: Life, moment: datetime, *, begun: float,
         room: dict[str, int],
-    ) -> _Job | None:  # fmt: skip
+    ) -> Job | None:  # fmt: skip
         live = await self._live_orders(connection, restart, moment)
         observes = self._settings.mode == "observe"
         if (result := _why_not(restart, life, has_orders=bool(live), observes=observes)) is not None:
             await door.end(connection, restart.restart_id, result, moment)
             await door.settle_orders(connection, life, moment)
-            await self._release(connection, life, moment, down=False)
+            await release(connection, life, moment, down=False)
             return None
         if restart.driver not in self._drivers:
             return None  # a replica that has this driver does it
@@ -124,10 +114,11 @@ class Restarts:
             SQL["lease_restart"], restart.restart_id, moment, self._settings.lease_s, self._settings.replica_id
         )
         words = f"it is being restarted: {restart.reason}"
-        down = believed(life, Status.RESTARTING, words)
+        # The boot of a start before this one, if it was never heard, is over with it.
+        down = believed(replace(life, boot_until=None), Status.RESTARTING, words)
         await store.save(connection, {life.workspace_id: life}, [down], moment)
         left_s = min(((row - moment).total_seconds() for row in live), default=0.0)
-        return _Job(restart, down, begun + self._settings.lease_s, begun + left_s)
+        return Job(restart, down, begun + self._settings.lease_s, begun + left_s)
 
     async def _live_orders(self, connection: Connection, restart: Restart, moment: datetime) -> list[datetime]:
         """When the orders expire that this kill may still answer; those that have are closed."""
@@ -141,28 +132,30 @@ class Restarts:
 
     # ── the driver call ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _carry_out(self, job: _Job, now: datetime | None) -> None:
-        """Call the driver and write what came of it."""
-        restart = job.restart
+    async def _carry_out(self, job: Job, now: datetime | None) -> None:
+        """Call the driver and write what came of it (transaction 2)."""
+        restart, write = job.restart, self._outcomes
         driver = self._drivers[restart.driver]
         target = Target(restart.workspace_id, job.life.runtime)
         try:
             if restart.phase == "kill":
                 killed = await self._kill(driver, target, job)
-                if not await transact(self._pool, partial(self._killed, job=job, killed=killed, now=now)):
+                if not await transact(self._pool, partial(write.killed, job=job, killed=killed, now=now)):
                     return
             seen = await self._start(driver, target, job)
         except CannotRunError as error:
-            await self._finish(job, "cannot_run", str(error), now)
+            work = partial(write.ended, job=job, result="cannot_run", error=str(error), now=now)
         except FencedError as error:
-            await self._finish(job, "replaced", str(error), now)
+            work = partial(write.ended, job=job, result="replaced", error=str(error), now=now)
         except (DriverError, TimeoutError) as error:
-            await self._postpone(job, str(error) or "the driver did not answer in time", now)
+            words = str(error) or "the driver did not answer in time"
+            work = partial(write.postponed, job=job, error=words, now=now)
         else:
-            await transact(self._pool, partial(self._started, job=job, seen=seen, now=now))
+            work = partial(write.started, job=job, seen=seen, now=now)
+        await transact(self._pool, work)
         self._told()
 
-    async def _kill(self, driver: Driver, target: Target, job: _Job) -> Killed:
+    async def _kill(self, driver: Driver, target: Target, job: Job) -> Killed:
         expected = job.restart.container_id
         async with asyncio.timeout(self._patience_s(job)):
             if expected is None:
@@ -171,121 +164,15 @@ class Restarts:
                 raise DriverError("the order or the lease ended before the driver was called")
             return await driver.kill(target, expected=expected, fence=job.restart.fence)
 
-    async def _start(self, driver: Driver, target: Target, job: _Job) -> Observation:
+    async def _start(self, driver: Driver, target: Target, job: Job) -> Observation:
         if time.monotonic() >= job.until:
             raise DriverError("the lease ended before the driver was called")
         async with asyncio.timeout(self._patience_s(job)):
             return await driver.restart(target, expected=job.restart.container_id, fence=job.restart.fence)
 
-    def _patience_s(self, job: _Job) -> float:
+    def _patience_s(self, job: Job) -> float:
         """A call never outlives the lease: then another replica makes it."""
         return min(self._settings.call_s, job.until - time.monotonic())
-
-    # ── transaction 2 ────────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _killed(self, connection: Connection, *, job: _Job, killed: Killed, now: datetime | None) -> bool:
-        """Answer the orders. Returns whether a start is to follow."""
-        moment = await store.clock(connection, now)
-        life = (await store.lock(connection, [job.restart.workspace_id]))[job.restart.workspace_id]
-        if await connection.fetchval(SQL["killed_restart"], job.restart.restart_id, self._settings.replica_id) is None:
-            return False  # its lease had ended: another replica has gone on
-        results = {Killed.APPLIED: "applied", Killed.GONE: "already_ended", Killed.REPLACED: "stale"}
-        for row in await connection.fetch(SQL["open_orders"], life.workspace_id):
-            of_it = row["incarnation"] <= max(job.restart.incarnation, job.life.incarnation)
-            if of_it:
-                await door.answer(connection, row["order_id"], results[killed], moment)
-        log.warning("killed", workspace_id=life.workspace_id, result=killed.value, fence=job.restart.fence)
-        unwanted = life.desired == "stopped" or life.paused or life.cordoned or life.removed
-        stays_down = unwanted or life.driver != job.restart.driver
-        if killed is not Killed.REPLACED and not stays_down:
-            return True
-        result = "replaced" if killed is Killed.REPLACED else "killed"
-        await door.end(connection, job.restart.restart_id, result, moment, owner=self._settings.replica_id)
-        await self._release(connection, life, moment, down=killed is not Killed.REPLACED)
-        return False
-
-    async def _release(self, connection: Connection, life: Life, moment: datetime, *, down: bool) -> None:
-        """Let an agent go whose restart ended without a start."""
-        after = replace(life, next_check_at=moment if life.driver is not None and not life.removed else None)
-        if life.status in {Status.OFFLINE, Status.RESTARTING}:
-            status = Status.OFFLINE if down else Status.ONLINE
-            after = believed(after, status, "it was ended, and is not wanted back" if down else "")
-            if life.paused:
-                after = believed(after, Status.PAUSED, "it was ended while it was paused" if down else "it is paused")
-        await store.save(connection, {life.workspace_id: life}, [after], moment)
-
-    async def _started(self, connection: Connection, *, job: _Job, seen: Observation, now: datetime | None) -> None:
-        moment = await store.clock(connection, now)
-        life = (await store.lock(connection, [job.restart.workspace_id]))[job.restart.workspace_id]
-        if not await door.end(connection, job.restart.restart_id, "started", moment, owner=self._settings.replica_id):
-            log.warning("restart_was_finished", workspace_id=life.workspace_id, fence=job.restart.fence)
-            return
-        for row in await connection.fetch(SQL["open_orders"], life.workspace_id):
-            if row["incarnation"] <= job.restart.incarnation:
-                await door.answer(connection, row["order_id"], "already_ended", moment)
-        if life.removed or life.driver != job.restart.driver:
-            # Removed or given to another driver during the call: what was started is not what is looked at now.
-            await self._release(connection, life, moment, down=False)
-            return
-        after = replace(
-            life,
-            known=True,
-            container_id=seen.container_id,
-            started_at=seen.started_at,
-            restarts=life.restarts + 1,
-            restarted_at=moment,
-            suspected_at=None,
-            suspected_last_at=None,
-            suspicions=0,
-            next_check_at=moment + timedelta(seconds=self._settings.sweep_s),
-        )
-        if life.incarnation == job.restart.incarnation:
-            boot_until = moment + timedelta(seconds=self._settings.boot_s)
-            # What was heard before this start was the one that is gone: it must not vouch for the new one.
-            after = replace(after, boot_until=boot_until, unheard=life.unheard + 1, heard_at=None)
-            if not life.paused:
-                after = believed(after, Status.RESTARTING, "it was started and has not been heard yet")
-        await store.save(connection, {life.workspace_id: life}, [after], moment)
-        fence = job.restart.fence
-        log.warning("restarted", workspace_id=life.workspace_id, container_id=seen.container_id, fence=fence)
-
-    async def _finish(self, job: _Job, result: str, error: str, now: datetime | None) -> None:
-        async def work(connection: Connection) -> None:
-            moment = await store.clock(connection, now)
-            life = (await store.lock(connection, [job.restart.workspace_id]))[job.restart.workspace_id]
-            owner = self._settings.replica_id
-            if not await door.end(connection, job.restart.restart_id, result, moment, error=error, owner=owner):
-                return
-            await door.settle_orders(connection, life, moment)
-            if result == "cannot_run" and life.status in {Status.OFFLINE, Status.RESTARTING}:
-                after = believed(life, Status.GAVE_UP, error)
-                await store.save(connection, {life.workspace_id: life}, [after], moment)
-            else:
-                await self._release(connection, life, moment, down=False)
-
-        await transact(self._pool, work)
-        log.error("restart_ended", workspace_id=job.restart.workspace_id, result=result, error=error[: door.ERROR_MAX])
-
-    async def _postpone(self, job: _Job, error: str, now: datetime | None) -> None:
-        """The call failed or hung: again, later each time, with a row that says so (D-S20)."""
-        CALLS_FAILED.inc()
-        wait_s = budget.retry_s(job.restart.tries + 1, backoff_s=self._settings.backoff_s)
-
-        async def work(connection: Connection) -> None:
-            moment = await store.clock(connection, now)
-            due_at = moment + timedelta(seconds=wait_s)
-            await connection.execute(
-                SQL["postpone_restart"],
-                job.restart.restart_id,
-                due_at,
-                error[: door.ERROR_MAX],
-                self._settings.replica_id,
-            )
-
-        await transact(self._pool, work)
-        log.error(
-            "driver_call_failed", workspace_id=job.restart.workspace_id, error=error[: door.ERROR_MAX], again_s=wait_s
-        )
 
 
 def _why_not(restart: Restart, life: Life, *, has_orders: bool, observes: bool) -> str | None:

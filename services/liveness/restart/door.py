@@ -91,8 +91,8 @@ async def order(
     opened = life is not None and await store.find_open(connection, life.workspace_id) is not None
     killed = await connection.fetchval(SQL["was_killed"], fact.workspace_id, fact.incarnation, now)
     ruling = rule(
-        life, incarnation=fact.incarnation, expires_at=fact.expires_at, is_opened=opened, was_killed=killed,
-        drivers=drivers, now=now,
+        life, incarnation=fact.incarnation, ordered_at=fact.occurred_at, expires_at=fact.expires_at, is_opened=opened,
+        was_killed=killed, drivers=drivers, now=now,
     )  # fmt: skip
     log.warning("kill_ordered", workspace_id=fact.workspace_id, session_id=fact.session_id, ruling=ruling.value)
     if ruling not in {Ruling.KILL, Ruling.JOIN}:
@@ -107,6 +107,8 @@ async def withdraw(connection: Connection, life: Life, result: str, now: datetim
     row = await connection.fetchrow(SQL["find_open"], life.workspace_id)
     if row is None or row["owner"] is not None:
         return False
+    if result == "recovered" and row["reason"] == Reason.EXITED and row["incarnation"] == life.incarnation:
+        return False  # its last words were on their way: the engine saw the end of this very container
     await end(connection, row["restart_id"], result, now)
     await settle_orders(connection, life, now)
     return True

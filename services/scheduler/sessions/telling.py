@@ -64,7 +64,8 @@ def _fact(session: Session, say: Say, about: dict[str, object], now: datetime) -
             return SessionGate.model_validate({**about, "closed": say.until is not None, "gate_until": until})
         case Kill():
             order_id = _id(session, "kill", str(say.order), "")
-            return SessionKill.model_validate({**about, "order_id": order_id, "expires_at": say.expires_at})
+            ordered = {"occurred_at": now, "order_id": order_id, "expires_at": say.expires_at}
+            return SessionKill.model_validate({**about, **ordered})
 
 
 def _id(session: Session, *words: str) -> UUID:

@@ -13,7 +13,8 @@ from unittest.mock import patch
 from services.liveness.decide.seen import Observation, Seen
 from services.liveness.drivers import DriverError, Exit, Killed, Target
 from services.liveness.handlers import Handlers
-from services.liveness.loops import Loops
+from services.liveness.loops.looks import Looks
+from services.liveness.loops.upkeep import Upkeep
 from services.liveness.restart.carry import Restarts
 from services.liveness.settings import Settings
 from shared.broker import Publisher
@@ -126,16 +127,14 @@ class Ours:
         self._driver = WorldDriver(world)
         drivers = {"process": self._driver}
         restarts = Restarts(SETTINGS, self._pool, drivers, told=_nothing)
-        loops = Loops(
-            SETTINGS, self._pool, cast("Publisher", self), drivers, died=restarts.loop.wake, told=_nothing,
-            _started=self._loop.time(),
-        )  # fmt: skip
-        self._handlers = Handlers(frozenset(drivers), loops.looks.wake, restarts.loop.wake)
+        looks = Looks(SETTINGS, self._pool, drivers, died=restarts.loop.wake, told=_nothing, _started=self._loop.time())
+        upkeep = Upkeep(SETTINGS, self._pool, cast("Publisher", self))
+        self._handlers = Handlers(frozenset(drivers), looks.loop.wake, restarts.loop.wake)
         with ExitStack() as patches:
-            for module in ("services.liveness.loops", "services.liveness.restart.carry"):
+            for module in ("services.liveness.loops.looks", "services.liveness.restart.carry"):
                 patches.enter_context(patch(f"{module}.time", self._loop))
-            exits = asyncio.create_task(loops.exits(self._driver))
-            async with turning([restarts.loop, *loops.all()]):
+            exits = asyncio.create_task(looks.exits(self._driver))
+            async with turning([restarts.loop, looks.loop, *upkeep.loops()]):
                 yield
             exits.cancel()
             with suppress(asyncio.CancelledError):

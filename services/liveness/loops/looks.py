@@ -1,10 +1,10 @@
-"""What liveness does by the clock: looks at agents, hears of exits, says statuses again, counts, forgets."""
+"""Looks at agents when they are due, and the engine's word that one has ended: each is judged, and acted upon."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,11 +16,10 @@ from services.liveness.decide.judge import Decision, Doubt, Reason, Verdict, jud
 from services.liveness.decide.life import DOWN, Life, Status, believed
 from services.liveness.decide.seen import Observation, Seen
 from services.liveness.drivers import Driver, Exit, Target
-from services.liveness.metrics import BLIND, DETECTED, HEARD_AGE, HOLDS, PROBES, STATUSES, VERDICTS, WINDOW
+from services.liveness.metrics import DETECTED, HOLDS, PROBES, VERDICTS, WINDOW
 from services.liveness.restart import door
 from services.liveness.settings import Settings
 from services.liveness.store import SQL
-from shared.broker import Publisher
 from shared.database import Connection, Pool, Trouble, backoff_s, classify, transact
 from shared.loops import Loop
 from shared.telemetry import log
@@ -30,35 +29,23 @@ _TOGETHER_S = 2.0
 """What is due so soon is looked at now: one list for all of an engine's agents (D-S21)."""
 _LAG_S = 1.0
 _LIST_S = 20.0
-_REPEAT_S = 30.0
-_MEASURE_S = 5.0
-_FORGET_ROWS = 2000
 
 
 @dataclass(slots=True)
-class Loops:
-    """Each method is one loop's `run_once`; `died` is called after a commit that may have opened a restart."""
+class Looks:
+    """`died` is called after a commit that may have opened a restart, `told` after one that may have said something."""
 
     settings: Settings
     pool: Pool
-    publisher: Publisher
     drivers: Mapping[str, Driver]
     died: Callable[[], None]
     told: Callable[[], None]
-    looks: Loop = field(init=False)
+    loop: Loop = field(init=False)
     _started: float = field(default_factory=time.monotonic)
     _asleep_until: float | None = None
 
     def __post_init__(self) -> None:
-        self.looks = Loop("looks", self.look)
-
-    def all(self) -> list[Loop]:
-        return [
-            self.looks,
-            Loop("statuses", self.repeat),
-            Loop("measure", self.measure),
-            Loop("forget", self.forget),
-        ]
+        self.loop = Loop("looks", self.look)
 
     async def look(self, now: datetime | None = None) -> float:
         """Look at what is due: one list for each engine; judge each in a transaction of its own."""
@@ -85,32 +72,6 @@ class Loops:
                 log.warning("exits_interrupted", error=f"{type(error).__name__}: {error}"[:300])
             await asyncio.sleep(backoff_s(attempt))
             attempt += 1
-
-    async def repeat(self) -> float:
-        """Say every status again: a proxy that has just come up, or was cut off, has none."""
-        for row in await self.pool.fetch(SQL["repeat_statuses"]):
-            self.publisher.post(store.status_of(store.life_of(row)))
-        return _REPEAT_S
-
-    async def measure(self) -> float:
-        counts: Counter[str] = Counter()
-        blind, silent_s = 0, 0.0
-        for row in await self.pool.fetch(SQL["measure"]):
-            counts[row["status"]] += row["agents"]
-            blind += row["blind"]
-            silent_s = max(silent_s, row["silent_s"] or 0.0)
-        for status in Status:
-            STATUSES.labels(status.value).set(counts[status.value])
-        BLIND.set(blind)
-        HEARD_AGE.set(silent_s)
-        return _MEASURE_S
-
-    async def forget(self, now: datetime | None = None) -> float:
-        await self.pool.execute(SQL["forget_proxies"])
-        about = (now, self.settings.evidence_days, _FORGET_ROWS)
-        names = ("forget_evidence", "forget_restarts", "forget_orders")
-        done = {await self.pool.execute(SQL[name], *about) for name in names}
-        return 0.0 if f"DELETE {_FORGET_ROWS}" in done else 3600.0
 
     def _is_slow(self) -> bool:
         """Whether this replica should distrust itself: just started, or it woke much later than it meant to (D-S23)."""
