@@ -87,12 +87,13 @@ async def test_a_busy_agent_costs_no_attempt_and_no_place(front: Door) -> None:
     """A-Q-01, B-12: a drained item that meets a busy agent goes back, same id, same rank; 1..5 keep their order."""
     name = fresh()
     async with agent(name) as worker:
-        worker.busy_for(1.5)
+        worker.busy_for(60)
         await front.register(name, worker.url)
         facts = [front.busy(name, str(i)) for i in range(5)]
         for fact in facts:
             await front.keep(fact)
         await until(lambda: _refused_once(worker))
+        worker.busy_for(0)
         rank = "SELECT rank_ms FROM a2a_queue WHERE queue_id = $1"
         assert await front.side.pool.fetchval(rank, facts[0].queue_id) == facts[0].queue_id.int >> 80
         items = await front.ended(*(fact.queue_id for fact in facts))
