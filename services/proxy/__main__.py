@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from services.proxy.api.a2a import A2A
+from services.proxy.api.asking import Asking
 from services.proxy.api.card import Cards
 from services.proxy.api.door import Api, Door
 from services.proxy.api.evidence import Evidence
@@ -58,10 +59,11 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
     await reading.load()
     await beats.introduce()
     Handlers(copies, reading.loop.wake, closed=beats.closed, to_call=control.loop.wake).register(service.reader)
-    identity, questions = Identity(settings, copies, store), Questions(settings, copies, service.publisher)
+    asking = Asking(settings, copies, service.publisher)
+    identity, questions = Identity(settings, copies, store), Questions(settings, copies, asking)
     finding, told = Finding(copies, store), service.relay.wake
-    sessions = Sessions(settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher)
-    lives = Lives(settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher)
+    sessions = Sessions(settings, identity=identity, finding=finding, store=store, asking=asking)
+    lives = Lives(settings, identity=identity, finding=finding, store=store, asking=asking)
     api = Api(
         a2a=A2A(
             settings, copies, identity=identity, finding=finding, keeper=Keeper(settings, copies, service.publisher),
@@ -81,9 +83,7 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
         lives=lives,
         queue=Queue(finding, identity, questions),
         verbs=Verbs(settings, finding=finding, identity=identity, questions=questions, store=store),
-        schedules=Schedules(
-            settings, copies, finding=finding, identity=identity, publisher=service.publisher,
-        ),
+        schedules=Schedules(settings, copies, finding=finding, identity=identity, asking=asking),
         cards=Cards(settings, finding, identity),
     )  # fmt: skip
     parting = Parting(settings, copies)

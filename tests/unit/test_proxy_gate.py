@@ -14,6 +14,7 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from services.proxy.api.a2a import A2A
+from services.proxy.api.asking import Asking
 from services.proxy.api.evidence import Evidence
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Identity
@@ -197,7 +198,8 @@ class Agent:
 def a2a(side: Side, agent: Agent) -> A2A:
     publisher, agents, store = cast("Publisher", side.bus), cast("Agents", agent), cast("Store", None)
     identity, finding = Identity(SETTINGS, side.copies, store), Finding(side.copies, store)
-    questions, addresser = Questions(SETTINGS, side.copies, publisher), Addresser(SETTINGS, side.copies)
+    questions = Questions(SETTINGS, side.copies, Asking(SETTINGS, side.copies, publisher))
+    addresser = Addresser(SETTINGS, side.copies)
     return A2A(
         SETTINGS, side.copies, identity=identity, finding=finding, keeper=Keeper(SETTINGS, side.copies, publisher),
         questions=questions, agents=agents, addresser=addresser, stopping=asyncio.Event(), changed=side.beats.notify,
