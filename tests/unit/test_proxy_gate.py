@@ -26,7 +26,7 @@ from services.proxy.api.tasks import Tasks
 from services.proxy.api.wire import Request
 from services.proxy.copies import Backlogs, Copies
 from services.proxy.copies.bounds import Bounds
-from services.proxy.copies.uses import LiveForward
+from services.proxy.copies.forwards import LiveForward
 from services.proxy.decide import Arrival, Forward, Keep, Reason, Workspace, route
 from services.proxy.handlers import Handlers
 from services.proxy.loops import Beats

@@ -27,7 +27,7 @@ from services.proxy.api.wire import Refused, Request, own_id
 from services.proxy.copies import Copies
 from services.proxy.copies.bounds import bounds_of
 from services.proxy.copies.flights import Flight
-from services.proxy.copies.uses import LiveForward
+from services.proxy.copies.forwards import LiveForward
 from services.proxy.decide import (
     Arrival,
     Ask,
