@@ -12,6 +12,7 @@ from services.proxy.api.card import Cards
 from services.proxy.api.door import Api, Door
 from services.proxy.api.evidence import Evidence
 from services.proxy.api.finding import Finding
+from services.proxy.api.forwarding import Forwarding
 from services.proxy.api.identity import Identity
 from services.proxy.api.keeping import Keeper
 from services.proxy.api.lives import Lives
@@ -67,9 +68,12 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
     api = Api(
         a2a=A2A(
             settings, copies, identity=identity, finding=finding, keeper=Keeper(settings, copies, service.publisher),
-            questions=questions, agents=agents, addresser=addresser, stopping=door.stopping,
-            tasks=Tasks(questions, addresser, agents, Owning(copies, store), settings), changed=beats.notify,
-            evidence=Evidence(settings, service.publisher),
+            questions=questions, stopping=door.stopping,
+            tasks=Tasks(questions, addresser, agents, Owning(copies, store), settings),
+            forwarding=Forwarding(
+                settings, copies, agents=agents, addresser=addresser, changed=beats.notify,
+                evidence=Evidence(settings, service.publisher),
+            ),
         ),
         registrar=Registrar(
             settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher, told=told,

@@ -17,6 +17,7 @@ from services.proxy.api.a2a import A2A
 from services.proxy.api.asking import Asking
 from services.proxy.api.evidence import Evidence
 from services.proxy.api.finding import Finding
+from services.proxy.api.forwarding import Forwarding
 from services.proxy.api.identity import Identity
 from services.proxy.api.keeping import Keeper
 from services.proxy.api.outgoing import Addresser
@@ -202,9 +203,12 @@ def a2a(side: Side, agent: Agent) -> A2A:
     addresser = Addresser(SETTINGS, side.copies)
     return A2A(
         SETTINGS, side.copies, identity=identity, finding=finding, keeper=Keeper(SETTINGS, side.copies, publisher),
-        questions=questions, agents=agents, addresser=addresser, stopping=asyncio.Event(), changed=side.beats.notify,
+        questions=questions, stopping=asyncio.Event(),
         tasks=Tasks(questions, addresser, agents, Owning(side.copies, store), SETTINGS),
-        evidence=Evidence(SETTINGS, publisher),
+        forwarding=Forwarding(
+            SETTINGS, side.copies, agents=agents, addresser=addresser, changed=side.beats.notify,
+            evidence=Evidence(SETTINGS, publisher),
+        ),
     )  # fmt: skip
 
 
