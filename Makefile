@@ -3,8 +3,10 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
-WORKERS ?= 2
-# They wait for outages more than they work, each worker on servers of its own; one that is free takes from another.
+# On two cores: tests wait for services more than they work. A worker that is free takes from another.
+WORKERS ?= 4
+SHARED := -n $(WORKERS) --dist worksteal
+# Each worker on servers of its own.
 CHAOS := -n 4 --dist worksteal
 # Runs a step and says how long it took: $(STEP) name command…
 STEP = @sh -c 'b=$$(date +%s); "$$@"; r=$$?; echo "$$0  $$(( $$(date +%s) - b )) s" >&2; exit $$r'
@@ -32,17 +34,17 @@ down: setup ## End what a crashed `make run` left behind
 	@$(PY) -m deploy.local down $(ARGS)
 
 test: setup ## Every test, against real servers
-	$(STEP) "unit, integration and end-to-end tests" $(PYTEST) -n $(WORKERS) $(ARGS) tests/unit tests/integration tests/e2e
+	$(STEP) "unit, integration and end-to-end tests" $(PYTEST) $(SHARED) $(ARGS) tests/e2e tests/integration tests/unit
 	@$(MAKE) --no-print-directory test-chaos
 
 test-unit: setup ## Tests that need no server
 	$(STEP) "unit tests" $(PYTEST) $(ARGS) tests/unit
 
 test-integration: setup ## One service's machinery against real servers
-	$(STEP) "integration tests" $(PYTEST) -n $(WORKERS) $(ARGS) tests/integration
+	$(STEP) "integration tests" $(PYTEST) $(SHARED) $(ARGS) tests/integration
 
 test-e2e: setup ## The whole stack from outside
-	$(STEP) "end-to-end tests" $(PYTEST) -n $(WORKERS) $(ARGS) tests/e2e
+	$(STEP) "end-to-end tests" $(PYTEST) $(SHARED) $(ARGS) tests/e2e
 
 test-chaos: setup ## Servers and services that stop, die and freeze under load
 	$(STEP) "chaos tests" $(PYTEST) $(CHAOS) --timeout 400 $(ARGS) tests/chaos

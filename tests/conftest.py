@@ -10,7 +10,7 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -70,10 +70,13 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     _running = _on_exit.enter_context(servers(Path(folder), durable=False, report=_report, environ=_environ()))
     make_template(_running)
-    names = _workers(config)
+    _give_stacks(_running, _workers(config))
+
+
+def _give_stacks(running: Servers, names: Sequence[str]) -> None:
     # One call for all workers: each costs a start of RabbitMQ's own command line.
-    for name, url in zip(names, _running.rabbitmq.vhosts(names), strict=True):
-        _stacks[name] = Stack(_running.postgres.create_database(f"bide_{name}", template=TEMPLATE), url)
+    for name, url in zip(names, running.rabbitmq.vhosts(names), strict=True):
+        _stacks[name] = Stack(running.postgres.create_database(f"bide_{name}", template=TEMPLATE), url)
 
 
 def _workers(config: pytest.Config) -> list[str]:
@@ -86,10 +89,13 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_configure_node(node: object) -> None:
-    """Called by xdist in the controller for each worker, before it starts."""
+    """Called by xdist in the controller for each worker, before it starts: also for one that replaces a crashed one."""
     if _running is not None:
         worker: dict[str, object] = node.workerinput  # type: ignore[attr-defined]
-        stack = _stacks[str(worker["workerid"])]
+        name = str(worker["workerid"])
+        if name not in _stacks:
+            _give_stacks(_running, [name])
+        stack = _stacks[name]
         worker["bide_stack"] = (stack.database_url, stack.amqp_url)
 
 

@@ -7,10 +7,12 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from services.proxy.api.a2a import A2A
+from services.proxy.api.asking import Asking
 from services.proxy.api.card import Cards
 from services.proxy.api.door import Api, Door
 from services.proxy.api.evidence import Evidence
 from services.proxy.api.finding import Finding
+from services.proxy.api.forwarding import Forwarding
 from services.proxy.api.identity import Identity
 from services.proxy.api.keeping import Keeper
 from services.proxy.api.lives import Lives
@@ -58,16 +60,20 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
     await reading.load()
     await beats.introduce()
     Handlers(copies, reading.loop.wake, closed=beats.closed, to_call=control.loop.wake).register(service.reader)
-    identity, questions = Identity(settings, copies, store), Questions(settings, copies, service.publisher)
+    asking = Asking(settings, copies, service.publisher)
+    identity, questions = Identity(settings, copies, store), Questions(settings, copies, asking)
     finding, told = Finding(copies, store), service.relay.wake
-    sessions = Sessions(settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher)
-    lives = Lives(settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher)
+    sessions = Sessions(settings, identity=identity, finding=finding, store=store, asking=asking)
+    lives = Lives(settings, identity=identity, finding=finding, store=store, asking=asking)
     api = Api(
         a2a=A2A(
             settings, copies, identity=identity, finding=finding, keeper=Keeper(settings, copies, service.publisher),
-            questions=questions, agents=agents, addresser=addresser, stopping=door.stopping,
-            tasks=Tasks(questions, addresser, agents, Owning(copies, store), settings), changed=beats.notify,
-            evidence=Evidence(settings, service.publisher),
+            questions=questions, stopping=door.stopping,
+            tasks=Tasks(questions, addresser, agents, Owning(copies, store), settings),
+            forwarding=Forwarding(
+                settings, copies, agents=agents, addresser=addresser, changed=beats.notify,
+                evidence=Evidence(settings, service.publisher),
+            ),
         ),
         registrar=Registrar(
             settings, copies, identity=identity, finding=finding, store=store, publisher=service.publisher, told=told,
@@ -81,9 +87,7 @@ async def wire(service: Service, settings: Settings, door: Door, stack: AsyncExi
         lives=lives,
         queue=Queue(finding, identity, questions),
         verbs=Verbs(settings, finding=finding, identity=identity, questions=questions, store=store),
-        schedules=Schedules(
-            settings, copies, finding=finding, identity=identity, publisher=service.publisher,
-        ),
+        schedules=Schedules(settings, copies, finding=finding, identity=identity, asking=asking),
         cards=Cards(settings, finding, identity),
     )  # fmt: skip
     parting = Parting(settings, copies)

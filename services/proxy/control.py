@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from services.proxy.copies import Copies
 from services.proxy.copies.directives import shape
-from services.proxy.copies.uses import LiveForward
+from services.proxy.copies.forwards import LiveForward
 from services.proxy.decide import Workspace
 from services.proxy.metrics import CONTROL_CALLS, SESSION_CANCELS
 from services.proxy.settings import Settings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from services.proxy.copies import Copies
 from services.proxy.copies.directives import taken
-from services.proxy.copies.uses import Use
+from services.proxy.copies.use import Use
 from services.proxy.metrics import GATE_CLOSINGS
 from shared.consumer import Reader
 from shared.facts import (

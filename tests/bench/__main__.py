@@ -49,16 +49,19 @@ async def measure(
                 print(f"a peer could not be measured: {error}", file=sys.stderr)  # the other figures stand
         if "beats" in parts:
             rows += await figures.beats(bench, folder)
-    return rows + await _measure_queue(running, parts, sizes, loads)
+    return rows + await _measure_queue(running, parts, sizes, loads, seconds=seconds)
 
 
-async def _measure_queue(running: Servers, parts: Sequence[str], sizes: Sequence[int], loads: ticks.Loads) -> list[Row]:
+async def _measure_queue(
+    running: Servers, parts: Sequence[str], sizes: Sequence[int], loads: ticks.Loads, *, seconds: float
+) -> list[Row]:
     """What needs no proxy."""
     rows: list[Row] = []
     if "freed" in parts:
         rows += freed.rows(await freed.measure(Stack(_database(running, "freed"), running.rabbitmq.vhost("freed"))))
     if "waits" in parts:
-        rows += waits.rows(await waits.measure(Stack(_database(running, "waits"), running.rabbitmq.vhost("waits"))))
+        lines = Stack(_database(running, "waits"), running.rabbitmq.vhost("waits"))
+        rows += waits.rows(await waits.measure(lines, tasks=int(50 * seconds)))
     if "claim" in parts:
         claims = Stack(_database(running, "claim"), running.rabbitmq.url)
         rows += claim.rows(await claim.run(claims, list(sizes)))
@@ -66,7 +69,8 @@ async def _measure_queue(running: Servers, parts: Sequence[str], sizes: Sequence
         calendar = Stack(_database(running, "ticks"), running.rabbitmq.vhost("ticks"))
         rows += ticks.rows(await ticks.run(calendar, loads))
     if "idle" in parts:
-        rows += await figures.idle(Stack(_database(running, "idle"), running.rabbitmq.vhost("idle")))
+        still = Stack(_database(running, "idle"), running.rabbitmq.vhost("idle"))
+        rows += await figures.idle(still, for_s=2 * seconds)
     return rows
 
 

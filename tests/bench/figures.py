@@ -321,7 +321,7 @@ async def beats(bench: Bench, folder: Path) -> list[Row]:
 # ── F9 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def idle(stack: Stack) -> list[Row]:
+async def idle(stack: Stack, *, for_s: float) -> list[Row]:
     """Memory, CPU and start of each service while nothing happens."""
     rows = []
     async with ring_without_links(stack, "proxy-1", "queue-1", "scheduler-1", "liveness-1") as services:
@@ -333,8 +333,8 @@ async def idle(stack: Stack) -> list[Row]:
             await process.ready()
             ready = time.perf_counter() - begun
             before = cpu_s(process.pid)
-            await asyncio.sleep(_IDLE_S)
-            share = (cpu_s(process.pid) - before) / _IDLE_S * 100
+            await asyncio.sleep(for_s)
+            share = (cpu_s(process.pid) - before) / for_s * 100
             service = name.removesuffix("-1")
             rows += [
                 Row(figure="F9", what=f"idle {service}: memory", value=rss_mb(process.pid), unit="MB", goal=90,
@@ -343,6 +343,3 @@ async def idle(stack: Stack) -> list[Row]:
                 Row(figure="F9", what=f"{service}: start to ready", value=ready, unit="s", goal=2, at_most=True),
             ]  # fmt: skip
     return rows
-
-
-_IDLE_S = 8.0

@@ -17,29 +17,28 @@ from tests.conftest import Stack
 from tests.integration.queue_kit import Door, agent, door, queue_service
 
 TURN_S = 0.01
-TASKS = 200
 TASK_EVERY_S = 0.03
 INFO = 300
 CRITICAL_EVERY = 10
 Waits = Mapping[Priority, Sequence[float]]
 
 
-async def measure(stack: Stack) -> dict[str, Waits]:
+async def measure(stack: Stack, *, tasks: int) -> dict[str, Waits]:
     """Sorted waits in milliseconds, by load and priority."""
     found: dict[str, Waits] = {}
     async with door(stack) as front, queue_service(stack):
         for load, info, critical in (("TASK alone", 0, False), ("INFO flood", INFO, False), ("mixed", INFO, True)):
             name = load.replace(" ", "-")
             async with agent(name, work_s=TURN_S) as worker:
-                found[load] = await _run(front, name, worker.url, info=info, critical=critical)
+                found[load] = await _run(front, name, worker.url, tasks=tasks, info=info, critical=critical)
     return found
 
 
-async def _run(front: Door, name: str, url: str, *, info: int, critical: bool) -> Waits:
+async def _run(front: Door, name: str, url: str, *, tasks: int, info: int, critical: bool) -> Waits:
     facts = [front.busy(name, f"info {number}", priority=Priority.INFO) for number in range(info)]
     await asyncio.gather(*(front.keep(fact) for fact in facts))
     await front.register(name, url)
-    for number in range(TASKS):
+    for number in range(tasks):
         message = front.busy(name, f"task {number}")
         await front.publisher.publish(message)
         facts.append(message)

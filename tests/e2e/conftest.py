@@ -65,9 +65,9 @@ def up(*options: str, **settings: str) -> Iterator[Ready]:
             process.stdout.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ring() -> Iterator[Ready]:
-    """One stack for the stories of a module."""
+    """One stack for all stories that need no other; a story has workspaces of its own."""
     with up() as ready:
         yield ready
 

@@ -131,9 +131,8 @@ async def test_a_message_kept_behind_a_live_forward_follows_it_at_once(lead: Cal
     assert gap_ms >= 0
 
 
-async def test_the_same_with_its_proxy_killed(fleet: Fleet) -> None:
+async def test_the_same_with_its_proxy_killed() -> None:
     """The forward dies with its proxy; 15 s and a beat later the kept message is delivered, after the turn's end."""
-    del fleet  # this story has a stack of its own: it kills a proxy
     with up("--replicas", "proxy=2") as ready:
         from contextlib import AsyncExitStack  # noqa: PLC0415
 

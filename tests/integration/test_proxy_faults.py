@@ -15,6 +15,7 @@ from prometheus_client import REGISTRY
 from uuid_utils.compat import uuid7
 
 from bide_agent.agent import Agent
+from services.proxy.api.asking import Asking
 from services.proxy.api.identity import Caller
 from services.proxy.api.questions import Questions
 from shared import topology
@@ -342,7 +343,7 @@ async def test_an_item_that_is_read_between_two_questions_is_not_denied_to_its_o
         await one.register(name)
         queue_id = UUID((await one.say(name)).json()["queue_id"])
         settings = proxy_settings(stack, replica_id=one.service.settings.replica_id)
-        questions = Questions(settings, one.copies, one.service.publisher)
+        questions = Questions(settings, one.copies, Asking(settings, one.copies, one.service.publisher))
 
         async def is_read() -> bool:
             found = await questions.ask("item", queue_id=queue_id, caller_hash=None)

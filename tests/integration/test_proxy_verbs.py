@@ -42,9 +42,10 @@ class Ring:
 
 
 @pytest.fixture
-async def ring(stack: Stack) -> AsyncIterator[Ring]:
+async def ring(stack: Stack, request: pytest.FixtureRequest) -> AsyncIterator[Ring]:
+    """`param`: how long a service that is asked may take to answer."""
     await empty(stack)
-    async with stand_in(stack) as queue, proxy(stack, query_timeout_s=5.0) as front:
+    async with stand_in(stack) as queue, proxy(stack, query_timeout_s=getattr(request, "param", 5.0)) as front:
         await front.ready()
         name = fresh()
         tokens = {
@@ -221,6 +222,7 @@ async def test_the_line_is_listed_by_priority(ring: Ring) -> None:
 # ── a workspace ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("ring", [0.2], indirect=True, ids=["liveness is away"])
 async def test_a_workspace_is_paused_and_goes_on_with_who_and_why_in_the_record(ring: Ring) -> None:
     path = f"/workspaces/{ring.name}"
     paused = await ring.post(f"{path}/pause", {"note": "moving house"})

@@ -87,12 +87,13 @@ async def test_a_busy_agent_costs_no_attempt_and_no_place(front: Door) -> None:
     """A-Q-01, B-12: a drained item that meets a busy agent goes back, same id, same rank; 1..5 keep their order."""
     name = fresh()
     async with agent(name) as worker:
-        worker.busy_for(1.5)
+        worker.busy_for(60)
         await front.register(name, worker.url)
         facts = [front.busy(name, str(i)) for i in range(5)]
         for fact in facts:
             await front.keep(fact)
         await until(lambda: _refused_once(worker))
+        worker.busy_for(0)
         rank = "SELECT rank_ms FROM a2a_queue WHERE queue_id = $1"
         assert await front.side.pool.fetchval(rank, facts[0].queue_id) == facts[0].queue_id.int >> 80
         items = await front.ended(*(fact.queue_id for fact in facts))
@@ -380,7 +381,7 @@ async def test_a_dead_owners_deliveries_are_taken_over_without_a_death(front: Do
         )
         await pool.execute("UPDATE workspaces SET waiting = 0, running = 1 WHERE workspace_id = $1", name)
         await front.register(name, worker.url)
-        async with queue_service(stack, owner_beat_s=0.1, owner_silent_s=0.5, sweep_s=0.5):
+        async with queue_service(stack, owner_beat_s=0.1, owner_silent_s=3.0, sweep_s=0.5):
             (item,) = await front.ended(fact.queue_id)
         assert (item["status"], item["attempts"], item["delivery_no"]) == ("completed", 1, 8)
         assert len(worker.received) == 1
@@ -432,10 +433,12 @@ async def test_no_clock_runs_while_a_workspace_is_paused(front: Door) -> None:
 async def test_an_agent_that_says_come_at_once_is_not_asked_in_a_loop(front: Door) -> None:
     name = fresh()
     async with agent(name, behaviour={"retry_after_s": 0}) as worker:
-        worker.busy_for(1.0)
+        worker.busy_for(60)
         await front.register(name, worker.url)
         fact = front.busy(name, "x")
         await front.keep(fact)
+        await until(lambda: _refused_once(worker))
+        worker.busy_for(1.0)  # from here on
         await front.ended(fact.queue_id)
         assert 1 <= len(worker.refused) <= 25, "a turn each 50 ms is the most"
 

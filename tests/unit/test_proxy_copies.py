@@ -13,8 +13,9 @@ from uuid_utils.compat import uuid7
 
 from services.proxy.copies import Backlogs, Copies, Flights, Keeps, Registry
 from services.proxy.copies.backlogs import View
+from services.proxy.copies.forwards import LiveForward
 from services.proxy.copies.keeps import Keep
-from services.proxy.copies.uses import LiveForward, Uses
+from services.proxy.copies.uses import Uses
 from services.proxy.decide import InFlight, Workspace
 from services.proxy.handlers import Handlers
 from shared.facts import (

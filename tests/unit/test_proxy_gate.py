@@ -14,8 +14,10 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from services.proxy.api.a2a import A2A
+from services.proxy.api.asking import Asking
 from services.proxy.api.evidence import Evidence
 from services.proxy.api.finding import Finding
+from services.proxy.api.forwarding import Forwarding
 from services.proxy.api.identity import Identity
 from services.proxy.api.keeping import Keeper
 from services.proxy.api.outgoing import Addresser
@@ -25,7 +27,7 @@ from services.proxy.api.tasks import Tasks
 from services.proxy.api.wire import Request
 from services.proxy.copies import Backlogs, Copies
 from services.proxy.copies.bounds import Bounds
-from services.proxy.copies.uses import LiveForward
+from services.proxy.copies.forwards import LiveForward
 from services.proxy.decide import Arrival, Forward, Keep, Reason, Workspace, route
 from services.proxy.handlers import Handlers
 from services.proxy.loops import Beats
@@ -197,12 +199,16 @@ class Agent:
 def a2a(side: Side, agent: Agent) -> A2A:
     publisher, agents, store = cast("Publisher", side.bus), cast("Agents", agent), cast("Store", None)
     identity, finding = Identity(SETTINGS, side.copies, store), Finding(side.copies, store)
-    questions, addresser = Questions(SETTINGS, side.copies, publisher), Addresser(SETTINGS, side.copies)
+    questions = Questions(SETTINGS, side.copies, Asking(SETTINGS, side.copies, publisher))
+    addresser = Addresser(SETTINGS, side.copies)
     return A2A(
         SETTINGS, side.copies, identity=identity, finding=finding, keeper=Keeper(SETTINGS, side.copies, publisher),
-        questions=questions, agents=agents, addresser=addresser, stopping=asyncio.Event(), changed=side.beats.notify,
+        questions=questions, stopping=asyncio.Event(),
         tasks=Tasks(questions, addresser, agents, Owning(side.copies, store), SETTINGS),
-        evidence=Evidence(SETTINGS, publisher),
+        forwarding=Forwarding(
+            SETTINGS, side.copies, agents=agents, addresser=addresser, changed=side.beats.notify,
+            evidence=Evidence(SETTINGS, publisher),
+        ),
     )  # fmt: skip
 
 

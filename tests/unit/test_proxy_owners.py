@@ -8,7 +8,7 @@ import pytest
 
 from services.proxy.copies import owners as room
 from services.proxy.copies.owners import Owners, task_hash
-from services.proxy.forward import _FirstTask
+from services.proxy.forward.watching import FirstTask
 from shared.a2a import parse
 
 A, B = b"a" * 32, b"b" * 32
@@ -58,7 +58,7 @@ EVENT = b'data: {"jsonrpc":"2.0","id":1,"result":{"kind":"status-update","taskId
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 def test_the_first_event_that_names_a_task_tells_it_however_it_is_cut(line_end: bytes, size: int) -> None:
     told: list[str] = []
-    first = _FirstTask(told.append)
+    first = FirstTask(told.append)
     stream = (b": comment\n\n" + EVENT + b"\n\n" + EVENT.replace(b'"t"', b'"later"') + b"\n\n").replace(b"\n", line_end)
     for at in range(0, len(stream), size):
         first.add(stream[at : at + size])

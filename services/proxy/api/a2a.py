@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 from services.proxy.api.answers import Kept
 from services.proxy.api.ending import Endings
-from services.proxy.api.evidence import Evidence
 from services.proxy.api.finding import Finding
+from services.proxy.api.forwarding import Forwarding
 from services.proxy.api.identity import Caller, Identity
 from services.proxy.api.keeping import KEY_CONFLICT, NOT_KEPT, Keeper
 from services.proxy.api.message import Message, Wish, now_utc, read_message
-from services.proxy.api.outgoing import Addresser
 from services.proxy.api.questions import Questions
-from services.proxy.api.rendering import CallerSink, Landed, parse_call, refuse_call
+from services.proxy.api.rendering import Landed, parse_call, refuse_call
 from services.proxy.api.situation import Situation
 from services.proxy.api.tasks import Tasks
-from services.proxy.api.wire import Refused, Request, own_id
+from services.proxy.api.wire import Refused, Request
 from services.proxy.copies import Copies
-from services.proxy.copies.bounds import bounds_of
 from services.proxy.copies.flights import Flight
-from services.proxy.copies.uses import LiveForward
 from services.proxy.decide import (
     Arrival,
     Ask,
@@ -42,28 +38,16 @@ from services.proxy.decide import (
     admit,
     route,
 )
-from services.proxy.forward import Back, Broken, Ending, Passed, TaskKnown, as_stopped, forward_within
-from services.proxy.metrics import ATTACHED, FORWARDED, FORWARDS_RUNNING, STALE_COPY
+from services.proxy.forward import Back, Broken, Passed
+from services.proxy.metrics import ATTACHED, STALE_COPY
 from services.proxy.settings import Settings
 from shared.a2a import Envelope, Verb
-from shared.agents import Agents
-from shared.outcomes import Outcome
 from shared.telemetry import log
-
-Changed = Callable[[str], None]
-"""Told the workspace whose live forwards have changed."""
 
 LOST = Refuse(
     503, "twin_lost", "The same message was under way and its answer got lost. Send it again.", retry_after_s=1
 )
 _NO_PLACE = (NOT_KEPT, KEY_CONFLICT)
-_COUNTED = {
-    Outcome.BUSY: "busy",
-    Outcome.NOT_DELIVERED: "not_delivered",
-    Outcome.UNKNOWN: "unknown",
-    Outcome.ACCEPTED: "accepted",
-}
-"""How a forward's end counts against capacity; everything else was answered."""
 
 
 class A2A:
@@ -78,12 +62,9 @@ class A2A:
         finding: Finding,
         keeper: Keeper,
         questions: Questions,
-        agents: Agents,
-        addresser: Addresser,
         tasks: Tasks,
+        forwarding: Forwarding,
         stopping: asyncio.Event,
-        changed: Changed,
-        evidence: Evidence,
     ) -> None:
         self._settings = settings
         self._copies = copies
@@ -91,11 +72,8 @@ class A2A:
         self._finding = finding
         self._keeper = keeper
         self._questions = questions
-        self._agents = agents
         self._tasks = tasks
-        self._changed = changed
-        self._evidence = evidence
-        self._addresser = addresser
+        self._forwarding = forwarding
         self._situation = Situation(settings, copies)
         self._endings = Endings(copies, questions, stopping)
 
@@ -196,7 +174,7 @@ class A2A:
     async def _deliver(self, request: Request, message: Message, workspace: Workspace, reason: Reason | None) -> Landed:
         if reason is not None:
             return await self._keeper.keep(message, reason)
-        ending = await self._forward(request, message, workspace)
+        ending = await self._forwarding.forward(request, message, workspace)
         match ending:
             case Passed():
                 return ending
@@ -204,52 +182,6 @@ class A2A:
                 return await self._keeper.keep(message, Reason(verdict.outcome.value))
             case Broken():
                 return ending
-
-    async def _forward(self, request: Request, message: Message, workspace: Workspace) -> Ending:
-        hang_up = asyncio.timeout(None)
-        live = LiveForward(
-            message.workspace_id,
-            message.queue_word,  # as the agent gets it: X-Bide-Session
-            message.key_hash,
-            time.time(),
-            method=message.envelope.method,
-            task_id=_agents_task(message),
-            incarnation=workspace.incarnation,
-            hang_up=hang_up,
-            bounds=bounds_of(workspace, self._settings),
-        )
-        outgoing = self._addresser.outgoing(
-            request, workspace, message.body, hops=message.hops, queue_id=message.queue_word, until=lambda: live.until
-        )
-        sink = CallerSink(request.send, self._settings.caller_stall_s)
-        counted = "unknown"
-        self._copies.uses.begin(live)
-        FORWARDS_RUNNING.inc()
-        self._changed(message.workspace_id)
-        try:
-            named = self._named(message, live)
-            ending = await forward_within(hang_up, self._agents, outgoing, sink, task_known=named)
-            counted = _COUNTED.get(ending.verdict.outcome, "answered")
-        finally:
-            FORWARDS_RUNNING.dec()
-            self._copies.uses.end(live, counted, time.time())
-            self._changed(message.workspace_id)
-        FORWARDED[ending.verdict.outcome].inc()
-        if ending.verdict.evidence is not None:
-            self._evidence.tell(workspace, ending.verdict.evidence)
-        return as_stopped(ending, live.stop_reason)
-
-    def _named(self, message: Message, live: LiveForward) -> TaskKnown:
-        """A Task that the agent begins for this message is its caller's. One that the message named is whose it was."""
-        copies = self._copies
-        begins = message.envelope.task_id is None
-
-        def named(task_id: str) -> None:
-            copies.uses.name_task(live, task_id)
-            if begins:
-                copies.owners.tell(message.workspace_id, task_id, message.caller.caller_hash)
-
-        return named
 
     async def _attach(self, request: Request, message: Message) -> str:
         """Wait for the answer of the same message; each gets it under the id of its own request."""
@@ -268,12 +200,6 @@ class A2A:
         # Where the keep is unknown, all retries must bring back one id: that under which the broker may have it.
         joined = replace(message, queue_word=flight.queue_word)
         return await self._endings.answer(request, joined, landed, None)
-
-
-def _agents_task(message: Message) -> str | None:
-    """The agent's own Task that the message goes on with, if it names one by the agent's own id."""
-    task_id = message.envelope.task_id
-    return task_id if task_id is not None and own_id(task_id) is None else None
 
 
 def _log(message: Message, verdict: Verdict, landed: Landed | None, *, became: str, took_s: float) -> None:

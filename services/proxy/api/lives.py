@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from uuid_utils.compat import uuid7
-
+from services.proxy.api.asking import Asking, Found
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Caller, Identity
-from services.proxy.api.questions import Found, answered
 from services.proxy.api.queue import page_limit, passed
 from services.proxy.api.sessions import why
 from services.proxy.api.wire import Request, Response
-from services.proxy.copies import Copies
 from services.proxy.decide import Refuse
 from services.proxy.settings import Settings
 from services.proxy.store import Audit, Store
-from shared import topology
-from shared.broker import Publisher
-from shared.facts import LivenessQuery, QueryAnswered
+from shared.facts import LivenessQuery
 from shared.telemetry import log
 
 AWAY = Refuse(503, "liveness_away", "The liveness service does not answer now. Ask again.", retry_after_s=2)
@@ -31,22 +25,13 @@ class Lives:
     """The routes, bound to what they touch."""
 
     def __init__(
-        self,
-        settings: Settings,
-        copies: Copies,
-        *,
-        identity: Identity,
-        finding: Finding,
-        store: Store,
-        publisher: Publisher,
+        self, settings: Settings, *, identity: Identity, finding: Finding, store: Store, asking: Asking
     ) -> None:
         self._settings = settings
-        self._copies = copies
         self._identity = identity
         self._finding = finding
         self._store = store
-        self._publisher = publisher
-        self._reply_to = topology.route(QueryAnswered, "proxy").queue(settings.replica_id)
+        self._asking = asking
 
     async def restart(self, request: Request, workspace_id: str) -> Response:
         """End its container and start it anew. Said again while it is being restarted, it is the same restart."""
@@ -96,17 +81,7 @@ class Lives:
         note: str = "",
         limit: int = 50,
     ) -> Found | Refuse:
-        timeout_s = self._settings.query_timeout_s
-        query = LivenessQuery(
-            workspace_id=workspace_id,
-            rev=0,
-            query_id=uuid7(),
-            verb=verb,
-            note=note,
-            by=caller.caller_id,
-            limit=limit,
-            expires_at=datetime.now(UTC) + timedelta(seconds=timeout_s),
-            reply_to=self._reply_to,
+        found = await self._asking.ask(
+            LivenessQuery, workspace_id, verb=verb, by=caller.caller_id, note=note, limit=limit
         )
-        found = await answered(self._copies, self._publisher, query, timeout_s)
         return found if found is not None else AWAY

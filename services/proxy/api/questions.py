@@ -1,28 +1,23 @@
-"""Questions and commands to the queue service: asked over the bus, answered to this replica's own queue, within 2 s."""
+"""Questions and commands to the queue service, and what its answers mean to whom."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict, Unpack
 from uuid import UUID
 
-from uuid_utils.compat import uuid7
-
 from services.proxy.api.answers import agents_ids
+from services.proxy.api.asking import Asking, Found
 from services.proxy.api.identity import Caller
 from services.proxy.api.message import Message
 from services.proxy.api.wire import own_id
 from services.proxy.copies import Copies
 from services.proxy.decide import Refuse
 from services.proxy.settings import Settings
-from shared import topology
-from shared.broker import NotPublished, Publisher, PublishUnknown
-from shared.facts import FLEET, LivenessQuery, Priority, QueryAnswered, QueueQuery, ScheduleQuery
+from shared.facts import FLEET, Priority, QueueQuery
 
 AWAY = Refuse(503, "queue_away", "The queue service does not answer now. Ask again.", retry_after_s=2)
 NOT_YET = Refuse(
@@ -48,58 +43,19 @@ class About(TypedDict, total=False):
     dead_letter: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What the queue said: an HTTP status and a JSON object, as bytes."""
-
-    status: int
-    body: bytes
-
-    def read(self) -> dict[str, Any]:
-        said = json.loads(self.body)
-        return said if isinstance(said, dict) else {}
-
-
-async def answered(
-    copies: Copies, publisher: Publisher, query: QueueQuery | ScheduleQuery | LivenessQuery, timeout_s: float
-) -> Found | None:
-    """What the service that is asked says; None: it does not answer."""
-    with copies.queries.asking(query.query_id) as answer:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await publisher.publish(query)
-                said = await answer
-        except (TimeoutError, NotPublished, PublishUnknown):
-            return None
-    # 408: it was met after its deadline, and nothing was done.
-    return Found(said.status, said.body) if said.status != 408 else None  # noqa: PLR2004
-
-
 class Questions:
     """Asks the queue service."""
 
-    def __init__(self, settings: Settings, copies: Copies, publisher: Publisher) -> None:
+    def __init__(self, settings: Settings, copies: Copies, asking: Asking) -> None:
         self._settings = settings
         self._copies = copies
-        self._publisher = publisher
-        self._reply_to = topology.route(QueryAnswered, "proxy").queue(settings.replica_id)
+        self._asking = asking
 
     async def ask(
         self, verb: Verb, *, caller_hash: bytes | None, workspace_id: str = FLEET, **about: Unpack[About]
     ) -> Found | None:
         """What the queue says; None: it does not answer. `caller_hash` None sees everybody's."""
-        timeout_s = self._settings.query_timeout_s
-        query = QueueQuery(
-            workspace_id=workspace_id,
-            rev=0,
-            query_id=uuid7(),
-            verb=verb,
-            caller_hash=caller_hash,
-            expires_at=datetime.now(UTC) + timedelta(seconds=timeout_s),
-            reply_to=self._reply_to,
-            **about,
-        )
-        return await answered(self._copies, self._publisher, query, timeout_s)
+        return await self._asking.ask(QueueQuery, workspace_id, verb=verb, caller_hash=caller_hash, **about)
 
     async def item(self, queue_id: UUID, caller: Caller) -> Found | Refuse:
         """One item as 2-http shapes it, also one that was promised here and is not read yet."""

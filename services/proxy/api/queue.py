@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from services.proxy.api.asking import Found
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Identity, digest
-from services.proxy.api.questions import AWAY, NOBODYS, Found, Questions, scope
+from services.proxy.api.questions import AWAY, NOBODYS, Questions, scope
 from services.proxy.api.wire import Refused, Request, Response, own_id
 from services.proxy.decide import Refuse
 from shared.facts import ItemStatus, Priority

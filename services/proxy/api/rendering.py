@@ -14,8 +14,8 @@ from services.proxy.api.answers import (
     with_request_id,
     with_request_id_in_events,
 )
+from services.proxy.api.asking import Found
 from services.proxy.api.message import Message, Wish
-from services.proxy.api.questions import Found
 from services.proxy.api.wire import Refused, Request, Response, rpc_error
 from services.proxy.decide import Refuse
 from services.proxy.forward import Broken, Passed

@@ -7,23 +7,20 @@ that waits already too. Where the queue does not say so in time, the change stan
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
 from uuid_utils.compat import uuid7
 
+from services.proxy.api.asking import Asking
 from services.proxy.api.finding import Finding
 from services.proxy.api.identity import Caller, Identity
-from services.proxy.api.questions import Found, answered
 from services.proxy.api.queue import page_limit, passed
 from services.proxy.api.wire import Refused, Request, Response, own_id
 from services.proxy.copies import Copies
 from services.proxy.decide import Refuse
 from services.proxy.settings import Settings
-from shared import topology
-from shared.broker import Publisher
-from shared.facts import QueryAnswered, ScheduleQuery
+from shared.facts import ScheduleQuery
 
 Verb = Literal["list", "show", "fires", "preview", "create", "patch", "delete", "run", "pause", "resume"]
 
@@ -37,14 +34,13 @@ class Schedules:
     """The routes, bound to what they touch."""
 
     def __init__(
-        self, settings: Settings, copies: Copies, *, finding: Finding, identity: Identity, publisher: Publisher
+        self, settings: Settings, copies: Copies, *, finding: Finding, identity: Identity, asking: Asking
     ) -> None:
         self._settings = settings
         self._copies = copies
         self._finding = finding
         self._identity = identity
-        self._publisher = publisher
-        self._reply_to = topology.route(QueryAnswered, "proxy").queue(settings.replica_id)
+        self._asking = asking
 
     async def list(self, request: Request, workspace_id: str) -> Response:
         """All of a workspace, by name."""
@@ -103,7 +99,7 @@ class Schedules:
         caller = await self._identity.require(request)
         await self._finding.owned(caller, workspace_id)
         _refuse_priority(caller, about.get("body", b"{}"))
-        found = await self._ask(caller, workspace_id, verb, about)
+        found = await self._asking.ask(ScheduleQuery, workspace_id, verb=verb, by=caller.caller_id, **about)
         if found is None:
             raise Refused(AWAY)
         response = passed(found)
@@ -119,20 +115,6 @@ class Schedules:
         response.body = json.dumps({**schedule, "applied": applied}).encode()
         response.status = 200 if applied else 202
         return response
-
-    async def _ask(self, caller: Caller, workspace_id: str, verb: Verb, about: dict[str, Any]) -> Found | None:
-        timeout_s = self._settings.query_timeout_s
-        query = ScheduleQuery(
-            workspace_id=workspace_id,
-            rev=0,
-            query_id=uuid7(),
-            verb=verb,
-            by=caller.caller_id,
-            expires_at=datetime.now(UTC) + timedelta(seconds=timeout_s),
-            reply_to=self._reply_to,
-            **about,
-        )
-        return await answered(self._copies, self._publisher, query, timeout_s)
 
     async def _object(self, request: Request, *, may_be_empty: bool = False) -> bytes:
         """The body, if it is a JSON object in UTF-8; what stands in it is the scheduler's to judge."""

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from uuid_utils.compat import uuid7
-
+from services.proxy.api.asking import Asking, Found
 from services.proxy.api.finding import Finding
 from services.proxy.api.forms import Why
 from services.proxy.api.identity import Identity, display
-from services.proxy.api.questions import Found, answered
 from services.proxy.api.queue import passed
 from services.proxy.api.schedules import AWAY
 from services.proxy.api.wire import Request, Response, validated
-from services.proxy.copies import Copies
 from services.proxy.settings import Settings
 from services.proxy.store import Audit, Store
-from shared import topology
-from shared.broker import Publisher
-from shared.facts import FLEET, QueryAnswered, ScheduleQuery
+from shared.facts import FLEET, ScheduleQuery
 from shared.telemetry import log
 
 Verb = Literal["sessions", "checkpoint", "stop"]
@@ -41,22 +35,13 @@ class Sessions:
     """The routes, bound to what they touch."""
 
     def __init__(
-        self,
-        settings: Settings,
-        copies: Copies,
-        *,
-        identity: Identity,
-        finding: Finding,
-        store: Store,
-        publisher: Publisher,
+        self, settings: Settings, *, identity: Identity, finding: Finding, store: Store, asking: Asking
     ) -> None:
         self._settings = settings
-        self._copies = copies
         self._identity = identity
         self._finding = finding
         self._store = store
-        self._publisher = publisher
-        self._reply_to = topology.route(QueryAnswered, "proxy").queue(settings.replica_id)
+        self._asking = asking
 
     async def stop(self, request: Request, workspace_id: str) -> Response:
         """End what runs there as its ceiling would, from STOP on."""
@@ -86,25 +71,17 @@ class Sessions:
         await self._store.record(workspace_id, Audit(caller.caller_id, verb, {"reason": reason}))
         log.info("verb_said", action=verb, caller_id=caller.caller_id, workspace_id=workspace_id)
         body = json.dumps({"reason": reason}).encode()
-        found = await self._ask(workspace_id, verb, caller.caller_id, self._settings.query_timeout_s, body)
+        found = await self._ask(workspace_id, verb, caller.caller_id, body)
         return passed(found if found is not None else AWAY)
 
     async def _look(self, workspace_id: str, body: bytes = b"{}") -> dict[str, Any] | None:
-        found = await self._ask(workspace_id, "sessions", _LOOKER, self._settings.sessions_wait_s, body)
+        found = await self._ask(workspace_id, "sessions", _LOOKER, body, within_s=self._settings.sessions_wait_s)
         return found.read() if found is not None and found.status == 200 else None  # noqa: PLR2004
 
-    async def _ask(self, workspace_id: str, verb: Verb, by: str, timeout_s: float, body: bytes = b"{}") -> Found | None:
-        query = ScheduleQuery(
-            workspace_id=workspace_id,
-            rev=0,
-            query_id=uuid7(),
-            verb=verb,
-            body=body,
-            by=by,
-            expires_at=datetime.now(UTC) + timedelta(seconds=timeout_s),
-            reply_to=self._reply_to,
-        )
-        return await answered(self._copies, self._publisher, query, timeout_s)
+    async def _ask(
+        self, workspace_id: str, verb: Verb, by: str, body: bytes, *, within_s: float | None = None
+    ) -> Found | None:
+        return await self._asking.ask(ScheduleQuery, workspace_id, within_s=within_s, verb=verb, body=body, by=by)
 
 
 def among(named: Mapping[str, Shown] | None, workspace_id: str) -> Shown:

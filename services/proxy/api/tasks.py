@@ -12,11 +12,12 @@ from functools import partial
 from uuid import UUID
 
 from services.proxy.api.answers import result_body, task_of_item
+from services.proxy.api.asking import Found
 from services.proxy.api.identity import Caller
 from services.proxy.api.message import Message
 from services.proxy.api.outgoing import Addresser
 from services.proxy.api.owning import UNREADABLE, Owning
-from services.proxy.api.questions import AWAY, NOBODYS, NOT_YET, Found, Questions, scope
+from services.proxy.api.questions import AWAY, NOBODYS, NOT_YET, Questions, scope
 from services.proxy.api.rendering import EVENT_STREAM, CallerSink, agents_task_id, broken, refuse_call
 from services.proxy.api.wire import Refused, Request, Response, own_id, rpc_error
 from services.proxy.decide import Refuse, Workspace

@@ -10,10 +10,11 @@ import re
 from typing import Any
 from uuid import UUID
 
+from services.proxy.api.asking import Found
 from services.proxy.api.finding import Finding
 from services.proxy.api.forms import CancelMany
 from services.proxy.api.identity import Caller, Identity, digest, display
-from services.proxy.api.questions import AWAY, NOT_YET, Found, Questions, Verb, scope
+from services.proxy.api.questions import AWAY, NOT_YET, Questions, Verb, scope
 from services.proxy.api.queue import item_id, page_limit, passed
 from services.proxy.api.wire import Refused, Request, Response, own_id, validated
 from services.proxy.api.workspaces import noted
