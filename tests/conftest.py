@@ -89,7 +89,11 @@ def pytest_configure_node(node: object) -> None:
     """Called by xdist in the controller for each worker, before it starts."""
     if _running is not None:
         worker: dict[str, object] = node.workerinput  # type: ignore[attr-defined]
-        stack = _stacks[str(worker["workerid"])]
+        name = str(worker["workerid"])
+        if name not in _stacks:  # it replaces one that a timeout ended
+            url = _running.rabbitmq.vhost(name)
+            _stacks[name] = Stack(_running.postgres.create_database(f"bide_{name}", template=TEMPLATE), url)
+        stack = _stacks[name]
         worker["bide_stack"] = (stack.database_url, stack.amqp_url)
 
 
