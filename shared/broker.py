@@ -16,7 +16,14 @@ from dataclasses import dataclass
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractRobustConnection, DeliveryMode
-from aio_pika.exceptions import AMQPError, DeliveryError
+from aio_pika.exceptions import (
+    CONNECTION_EXCEPTIONS,
+    AMQPError,
+    AuthenticationError,
+    ChannelPreconditionFailed,
+    DeliveryError,
+    ProbableAuthenticationError,
+)
 from yarl import URL
 
 from shared import topology
@@ -31,6 +38,8 @@ CONNECT_TIMEOUT_S = 5.0
 _LOOK_S = 1.0
 _STUCK_LOOKS = 5
 """A lost connection is taken up again within 1.5 s; one that still lies there after so many looks will be never."""
+REFUSED = (AuthenticationError, ProbableAuthenticationError, ChannelPreconditionFailed)
+"""What the broker will say again however often it is asked: the operator has to change something."""
 LANE_BYTES_MAX = 64 << 20
 """What may wait in one lane; more is refused at once, so that a slow broker cannot fill the memory."""
 
@@ -271,15 +280,53 @@ def reconnect_interval_s() -> float:
 @asynccontextmanager
 async def open_publisher(settings: SharedSettings) -> AsyncIterator[Publisher]:
     """Connect, declare the topology (again after each reconnect), publish; wait for a broker that is not there yet."""
-    connection = await _connect(settings)
+    connection, publisher = await _open_when_there(settings)
     BUS_CONNECTED.labels("publisher").set_function(lambda: float(connection.connected.is_set()))
+    async with connection:
+        try:
+            yield publisher
+        finally:
+            await publisher.flush(settings.confirm_timeout_s)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Say whether the broker, or the way to it, went away: what it refused stays refused, and a cancel is a cancel.
+
+    aiormq 7.2.4 also says it with StopAsyncIteration (closed between two frames of the greeting), with a bare Exception
+    (while a channel is opened) and with a cancel that nobody asked for.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and not task.cancelling()
+    return type(error) is Exception or (isinstance(error, CONNECTION_EXCEPTIONS) and not isinstance(error, REFUSED))
+
+
+async def _open_when_there(settings: SharedSettings) -> tuple[AbstractRobustConnection, Publisher]:
+    attempt = 0
+    while True:
+        try:
+            return await _open(settings)
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_lost(error):
+                raise
+            log.warning("waiting_for_rabbitmq", error=f"{type(error).__name__}: {error}", attempt=attempt)
+        await asyncio.sleep(backoff_s(attempt))
+        attempt += 1
+
+
+async def _open(settings: SharedSettings) -> tuple[AbstractRobustConnection, Publisher]:
+    connection = await aio_pika.connect_robust(
+        broker_url(settings, "publisher"),
+        timeout=CONNECT_TIMEOUT_S,
+        reconnect_interval=reconnect_interval_s(),
+    )
 
     async def declare_again(*_: object) -> None:
         async with connection.channel() as channel:
             await topology.declare(channel)
         log.info("topology_declared")
 
-    async with connection:
+    try:
         await declare_again()
         # A broker that lost its data comes back without queues: what is mandatory would be returned for ever.
         connection.reconnect_callbacks.add(declare_again)
@@ -287,30 +334,11 @@ async def open_publisher(settings: SharedSettings) -> AsyncIterator[Publisher]:
         # Not ensured: a passive declaration would be repeated at each reconnect, before ours, and fail without end on a
         # broker that lost its data.
         exchange = await channel.get_exchange(topology.EXCHANGE, ensure=False)
-        publisher = Publisher(
-            connection, channel, exchange, confirm_timeout_s=settings.confirm_timeout_s, sender=settings.replica_id
-        )
-        connection.reconnect_callbacks.add(publisher.reconnected)
-        try:
-            yield publisher
-        finally:
-            await publisher.flush(settings.confirm_timeout_s)
-
-
-async def _connect(settings: SharedSettings) -> AbstractRobustConnection:
-    attempt = 0
-    while True:
-        try:
-            return await aio_pika.connect_robust(
-                broker_url(settings, "publisher"),
-                timeout=CONNECT_TIMEOUT_S,
-                reconnect_interval=reconnect_interval_s(),
-            )
-        except (AMQPError, OSError, TimeoutError) as error:
-            if isinstance(
-                error, aio_pika.exceptions.AuthenticationError | aio_pika.exceptions.ProbableAuthenticationError
-            ):
-                raise
-            log.warning("waiting_for_rabbitmq", error=f"{type(error).__name__}: {error}", attempt=attempt)
-            await asyncio.sleep(backoff_s(attempt))
-            attempt += 1
+    except BaseException:
+        await connection.close()
+        raise
+    publisher = Publisher(
+        connection, channel, exchange, confirm_timeout_s=settings.confirm_timeout_s, sender=settings.replica_id
+    )
+    connection.reconnect_callbacks.add(publisher.reconnected)
+    return connection, publisher

@@ -29,7 +29,7 @@ from faststream.rabbit.subscriber import RabbitSubscriber
 
 from shared import topology
 from shared.batches import decode_batch
-from shared.broker import CONNECT_TIMEOUT_S, broker_url, probe, reconnect_interval_s, unstick
+from shared.broker import CONNECT_TIMEOUT_S, broker_url, is_lost, probe, reconnect_interval_s, unstick
 from shared.database import Connection, Pool, Trouble, backoff_s, classify, transact
 from shared.facts import FactT, routing_key
 from shared.inbox import Inbox
@@ -112,8 +112,19 @@ class Reader:
         self._subscribe(route, heard if own else partial(self._hear_others, heard))
 
     async def start(self) -> None:
-        await self.broker.start()
-        self._unsticking = asyncio.create_task(unstick(await self.broker.connect()), name="unstick")
+        """Declare what is read, and begin to read.
+
+        Raises:
+            ConnectionError: RabbitMQ went away meanwhile. Half a start cannot be taken back, so the process is to end.
+        """
+        try:
+            await self.broker.start()
+            connection = await self.broker.connect()
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_lost(error):
+                raise
+            raise ConnectionError(f"RabbitMQ went away at the start: {type(error).__name__}: {error}") from error
+        self._unsticking = asyncio.create_task(unstick(connection), name="unstick")
         BUS_CONNECTED.labels("reader").set(1)
 
     async def stop(self) -> None:

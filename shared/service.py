@@ -20,9 +20,8 @@ from pathlib import Path
 
 import asyncpg
 import uvloop
-from aio_pika.exceptions import AuthenticationError, ProbableAuthenticationError
 
-from shared.broker import Publisher, open_publisher
+from shared.broker import REFUSED, Publisher, open_publisher
 from shared.consumer import Reader
 from shared.database import Pool, open_pool, probe
 from shared.http import App, health_app, serving
@@ -35,11 +34,10 @@ from shared.telemetry import Health, log, start_logging
 
 _STRAYS_S = 5.0
 _NEW_OBJECTS = 50_000
-_REFUSED = (
+_CANNOT = (
+    *REFUSED,
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
-    AuthenticationError,
-    ProbableAuthenticationError,
     MigrationError,
     OSError,
 )
@@ -102,7 +100,7 @@ def start(name: str, kind: type[SettingsT], main: Callable[[SettingsT], Coroutin
     _spare_the_collector()
     try:
         uvloop.run(_until_signalled(main(settings)))
-    except _REFUSED as error:
+    except _CANNOT as error:
         log.error("cannot_start", error=f"{type(error).__name__}: {error}", hint=_HINT)
         return 1
     log.info("stopped")

@@ -89,7 +89,7 @@ CHANGES = [
     case("Cairo, overlap at midnight: the evening's job runs once",
          "30 23 * * 4", "Africa/Cairo", "2024-10-31 12:00", "Thu 31 23:30 +0300, Thu 07 23:30 +0200"),
     case("Havana, gap at midnight: the date of what it left out counts",
-         "30 0 14 3 *", "America/Havana", "2027-03-13 12:00", "Sun 14 01:00 -0400"),
+         "30 0 9 3 *", "America/Havana", "2025-03-08 12:00", "Sun 09 01:00 -0400"),
     case("Santiago, overlap at midnight: the day before comes again for a wildcard alone",
          "*/30 23 * * *", "America/Santiago", "2025-04-05 23:00",
          "Sat 05 23:30 -0300, Sat 05 23:00 -0400, Sat 05 23:30 -0400, Sun 06 23:00 -0400"),
