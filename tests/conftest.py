@@ -70,10 +70,16 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     _running = _on_exit.enter_context(servers(Path(folder), durable=False, report=_report, environ=_environ()))
     make_template(_running)
-    names = _workers(config)
+    _stacks.update(_made_stacks(_running, _workers(config)))
+
+
+def _made_stacks(running: Servers, workers: list[str]) -> dict[str, Stack]:
     # One call for all workers: each costs a start of RabbitMQ's own command line.
-    for name, url in zip(names, _running.rabbitmq.vhosts(names), strict=True):
-        _stacks[name] = Stack(_running.postgres.create_database(f"bide_{name}", template=TEMPLATE), url)
+    urls = running.rabbitmq.vhosts(workers)
+    return {
+        worker: Stack(running.postgres.create_database(f"bide_{worker}", template=TEMPLATE), url)
+        for worker, url in zip(workers, urls, strict=True)
+    }
 
 
 def _workers(config: pytest.Config) -> list[str]:
@@ -89,7 +95,10 @@ def pytest_configure_node(node: object) -> None:
     """Called by xdist in the controller for each worker, before it starts."""
     if _running is not None:
         worker: dict[str, object] = node.workerinput  # type: ignore[attr-defined]
-        stack = _stacks[str(worker["workerid"])]
+        name = str(worker["workerid"])
+        if name not in _stacks:  # it takes the place of one that crashed
+            _stacks.update(_made_stacks(_running, [name]))
+        stack = _stacks[name]
         worker["bide_stack"] = (stack.database_url, stack.amqp_url)
 
 
