@@ -46,7 +46,7 @@ async def _books(services: Ring, load: Storm) -> None:
     assert account.overlaps() == 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_connections_reset_again_and_again_duplicate_nothing(faulty: Stack) -> None:
     """B-25, B-30: what was read and not acknowledged comes again, and has no second effect."""
     async with ring(faulty, *RING) as services, storm(services, agents=6) as load:
@@ -83,7 +83,7 @@ def _declared(process: Process) -> int:
     return process.logged("topology_declared")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_silent_network_is_noticed_and_survived(faulty: Stack) -> None:
     """B-25: a black hole before a proxy and a half-open connection of a queue service, longer than two heartbeats."""
     async with ring(faulty, *RING) as services, storm(services, agents=6) as load:
@@ -182,7 +182,7 @@ def _says_same(reply: Reply, queue_id: str) -> bool:
 # ── queues that are deleted ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_deleted_queue_is_declared_again_and_read_again(faulty: Stack) -> None:
     """B-26: RabbitMQ cancels the consumers of every queue, those of all replicas and each proxy's own."""
     async with ring(faulty, *RING) as services, storm(services, agents=6) as load:
@@ -202,7 +202,7 @@ async def test_a_deleted_queue_is_declared_again_and_read_again(faulty: Stack) -
             await until(lambda proxy=proxy: _is_listed(asking, load.agents[0], proxy))  # type: ignore[misc]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_broker_that_lost_all_its_data_is_filled_again(faulty: Stack, own_servers: Servers) -> None:
     """B-26: the vhost is gone and comes back empty; every process declares what it needs, and none is restarted."""
     broker = own_servers.rabbitmq

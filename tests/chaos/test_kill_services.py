@@ -72,7 +72,7 @@ async def test_all_four_services_killed_at_once_come_back_with_everything(faulty
         assert account.out_of_order() == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_without_a_queue_service_idle_agents_answer_and_the_broker_keeps(faulty: Stack) -> None:
     """B-25: past the age at which a copy of the backlog is stale; what was kept meanwhile comes in its order."""
     async with ring(faulty, **QUICK) as services, storm(services) as load:

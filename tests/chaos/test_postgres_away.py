@@ -18,7 +18,7 @@ from tests.chaos.kit.processes import ring
 from tests.chaos.kit.storm import Storm, storm
 from tests.conftest import Stack
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 QUICK = {"BIDE_QUEUE_OWNER_SILENT_S": "8", "BIDE_QUEUE_OWNER_BEAT_S": "1"}
 """Deliveries of a silent owner are taken after 8 s: an outage that is longer would take everybody's."""
 RING = ("proxy-1", "queue-1", "queue-2")

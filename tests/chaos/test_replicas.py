@@ -18,7 +18,7 @@ from tests.conftest import Stack, until
 QUICK = {"BIDE_QUEUE_OWNER_SILENT_S": "6", "BIDE_QUEUE_OWNER_BEAT_S": "1"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_queue_replica_that_was_frozen_completes_at_most_what_waits_again(faulty: Stack) -> None:
     """A-Q-22, B-03: its answers came while it stood still; the other replica has long taken its deliveries."""
     async with ring(faulty, "proxy-1", "queue-1", "queue-2", **QUICK) as services, storm(services) as load:
@@ -56,7 +56,7 @@ async def test_a_queue_replica_that_was_frozen_completes_at_most_what_waits_agai
         assert account.out_of_order() == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_rolling_restart_hands_back_what_outlasts_the_drain(faulty: Stack) -> None:
     """B-05, B-30: turns of 20 s and a drain of 3 s; written back without an attempt, and delivered again."""
     names = ("queue-1", "queue-2", "proxy-1", "proxy-2")
