@@ -273,7 +273,7 @@ async def test_who_enrolled_owns(front: Proxy) -> None:
     operator, user = await key(front, "team-a", "operator"), await key(front, "team-b")
     await front.register(name, token=operator)
     await front.service.pool.execute("UPDATE callers SET rights = '{}' WHERE caller_id = 'team-a'")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         owner = await key(front, "team-a")
     assert (await front.call("PATCH", f"/workspaces/{name}", {"hold_max_s": 10}, token=owner)).status == 200
     assert (await front.call("PATCH", f"/workspaces/{name}", {"hold_max_s": 10}, token=user)).status == 404
