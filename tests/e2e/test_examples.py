@@ -207,7 +207,7 @@ async def test_the_plain_agent_answers_callers_of_both_versions(kind: Kind, open
 
 async def test_the_plain_agent_refuses_when_busy_and_bide_keeps_what_it_refused(open_ring: Ready, lead: Caller) -> None:
     name = f"plain-{uuid4().hex[:8]}"
-    async with started(open_ring, sys.executable, str(PLAIN), name, "6") as agent:
+    async with started(open_ring, sys.executable, str(PLAIN), name, "15") as agent:
         url = (await agent.says("registered")).split()[-1]
         # Somebody has told Bide that it takes two at a time, and so Bide does not keep the second by itself.
         told = await lead.call("POST", "/registry/register", {"id": name, "url": url, "max_concurrent_tasks": 2})

@@ -44,7 +44,7 @@ class Ring:
 @pytest.fixture
 async def ring(stack: Stack) -> AsyncIterator[Ring]:
     await empty(stack)
-    async with stand_in(stack) as queue, proxy(stack, query_timeout_s=5.0) as front:
+    async with stand_in(stack) as queue, proxy(stack, query_timeout_s=20.0) as front:
         await front.ready()
         name = fresh()
         tokens = {

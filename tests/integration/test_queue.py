@@ -380,7 +380,7 @@ async def test_a_dead_owners_deliveries_are_taken_over_without_a_death(front: Do
         )
         await pool.execute("UPDATE workspaces SET waiting = 0, running = 1 WHERE workspace_id = $1", name)
         await front.register(name, worker.url)
-        async with queue_service(stack, owner_beat_s=0.1, owner_silent_s=0.5, sweep_s=0.5):
+        async with queue_service(stack, owner_beat_s=0.1, owner_silent_s=2.0, sweep_s=0.5):
             (item,) = await front.ended(fact.queue_id)
         assert (item["status"], item["attempts"], item["delivery_no"]) == ("completed", 1, 8)
         assert len(worker.received) == 1

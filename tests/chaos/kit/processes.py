@@ -27,7 +27,7 @@ from tests.conftest import ROOT, Stack, until
 from tests.e2e.conftest import Ready
 
 ADMIN_TOKEN = "admin-of-the-chaos-tests"
-READY_S = 60.0
+READY_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
