@@ -56,7 +56,7 @@ async def _survive(faulty: Stack, what: str, begin: Trouble, end: Trouble, for_s
 async def _flows_again(services: Ring, load: Storm) -> None:
     await load.more(20)
     await well(services)
-    account = await load.account(within_s=150)
+    account = await load.account(within_s=240)
     account.check()
     assert account.out_of_order() == []
     assert account.duplicates == []

@@ -40,7 +40,7 @@ async def _books(services: Ring, load: Storm) -> None:
     """Everything flows again, and nothing was delivered twice."""
     await load.more(20)
     await well(services)
-    account = await load.account(within_s=150)
+    account = await load.account(within_s=240)
     account.check()
     assert account.duplicates == []
     assert account.overlaps() == 0

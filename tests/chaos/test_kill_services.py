@@ -33,7 +33,7 @@ async def test_a_queue_service_killed_three_times_loses_nothing_and_poisons_noth
             await load.more(20)
             await services["queue-1"].start()
         long.behave(work_s=0.1)
-        account = await load.account(within_s=150)
+        account = await load.account(within_s=240)
         account.check()
         assert first.item is not None
         assert first.item["status"] == "completed", first.item
@@ -92,7 +92,7 @@ async def test_without_a_queue_service_idle_agents_answer_and_the_broker_keeps(f
         await services["queue-1"].start()
         await services["queue-1"].ready()
         await load.more(20)
-        account = await load.account(within_s=150)
+        account = await load.account(within_s=240)
         print(f"queue service away {away_s(30):g} s: {len(live)} answered live, {meanwhile} kept by the broker")
         account.check()
         assert [each for each in live if not each.answered or each.promised] == []
