@@ -55,7 +55,9 @@ class Stack:
 
 
 _running: Servers | None = None
-_stacks: dict[str, Stack] = {}
+_vhosts: dict[str, str] = {}
+_RESTARTS = 4
+"""How often a worker that crashed is replaced by another, for each worker: what pytest-xdist does by default."""
 _on_exit = ExitStack()
 
 
@@ -70,21 +72,18 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     _running = _on_exit.enter_context(servers(Path(folder), durable=False, report=_report, environ=_environ()))
     make_template(_running)
-    _stacks.update(_made_stacks(_running, _workers(config)))
-
-
-def _made_stacks(running: Servers, workers: list[str]) -> dict[str, Stack]:
+    names = _workers(config)
     # One call for all workers: each costs a start of RabbitMQ's own command line.
-    urls = running.rabbitmq.vhosts(workers)
-    return {
-        worker: Stack(running.postgres.create_database(f"bide_{worker}", template=TEMPLATE), url)
-        for worker, url in zip(workers, urls, strict=True)
-    }
+    _vhosts.update(zip(names, _running.rabbitmq.vhosts(names), strict=True))
+
+
+def _made_stack(running: Servers, worker: str) -> Stack:
+    return Stack(running.postgres.create_database(f"bide_{worker}", template=TEMPLATE), _vhosts[worker])
 
 
 def _workers(config: pytest.Config) -> list[str]:
     count = getattr(config.option, "numprocesses", None)
-    return [f"gw{number}" for number in range(count)] if count else ["main"]
+    return [f"gw{number}" for number in range(count * (1 + _RESTARTS))] if count else ["main"]
 
 
 def pytest_unconfigure() -> None:
@@ -95,10 +94,7 @@ def pytest_configure_node(node: object) -> None:
     """Called by xdist in the controller for each worker, before it starts."""
     if _running is not None:
         worker: dict[str, object] = node.workerinput  # type: ignore[attr-defined]
-        name = str(worker["workerid"])
-        if name not in _stacks:  # it takes the place of one that crashed
-            _stacks.update(_made_stacks(_running, [name]))
-        stack = _stacks[name]
+        stack = _made_stack(_running, str(worker["workerid"]))
         worker["bide_stack"] = (stack.database_url, stack.amqp_url)
 
 
@@ -145,8 +141,8 @@ def stack(request: pytest.FixtureRequest) -> Stack:
     given = getattr(request.config, "workerinput", {}).get("bide_stack")
     if given is not None:
         return Stack(*given)
-    assert "main" in _stacks, "these tests need the servers: run pytest on their folder"
-    return _stacks["main"]
+    assert _running is not None, "these tests need the servers: run pytest on their folder"
+    return _made_stack(_running, "main")
 
 
 @pytest.fixture(scope="session")
