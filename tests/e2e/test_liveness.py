@@ -111,7 +111,7 @@ async def test_a_recent_heartbeat_debounces(lead: Caller, fleet: Fleet, engine: 
         assert len(told) == 1
         assert told[0].startswith("1 of 2 within 30 s, heard ")
         assert engine.starts(agent.workspace) == []
-        assert (await show(lead, agent.workspace))["status"] == "online"
+        await until(lambda: _is_online(lead, agent.workspace))
 
 
 async def test_an_inspect_error_is_alive(lead: Caller, fleet: Fleet, engine: Plane) -> None:
@@ -331,6 +331,10 @@ async def let_go(lead: Caller, ring: Operated, name: str) -> None:
 
 async def _is(value: bool) -> bool:
     return value
+
+
+async def _is_online(lead: Caller, name: str) -> bool:
+    return bool((await show(lead, name))["status"] == "online")
 
 
 async def _is_up(lead: Caller, name: str, *, after: int = 0) -> bool:
