@@ -25,7 +25,7 @@ async def ring(stack: Stack) -> AsyncIterator[Proxy]:
     """A proxy and a queue service on empty tables; the proxy has had its first snapshot."""
     await empty(stack)
     async with (
-        proxy(stack, kept_wait_s=20.0, query_timeout_s=20.0) as front,
+        proxy(stack, kept_wait_s=5.0, query_timeout_s=20.0) as front,
         queue_service(stack, sweep_s=0.5, snapshot_s=0.3),
     ):
         await front.ready()

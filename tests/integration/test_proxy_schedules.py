@@ -19,7 +19,7 @@ RULE = {"name": "report", "every_s": 3600, "prompt": "before"}
 async def ring(stack: Stack) -> AsyncIterator[Proxy]:
     await empty(stack)
     async with (
-        proxy(stack, kept_wait_s=20.0, query_timeout_s=20.0, applied_wait_s=20.0) as front,
+        proxy(stack, kept_wait_s=5.0, query_timeout_s=20.0, applied_wait_s=20.0) as front,
         queue_service(stack, sweep_s=0.3, snapshot_s=0.3),
         scheduler_service(stack),
     ):

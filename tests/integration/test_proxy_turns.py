@@ -121,7 +121,7 @@ async def test_whatever_ended_badly_carries_the_id_that_its_caller_was_told(
     stack: Stack, queue: StandIn, status: str, reason: str
 ) -> None:
     """A-D-04: in the item, in the Task of either version and in the answer to a late retry; with how it ended."""
-    async with proxy(stack, kept_wait_s=20.0, query_timeout_s=20.0) as front:
+    async with proxy(stack, kept_wait_s=5.0, query_timeout_s=20.0) as front:
         await front.ready()
         name = fresh()
         await front.register(name)

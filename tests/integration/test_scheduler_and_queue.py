@@ -82,14 +82,13 @@ async def test_the_calendar_goes_on_while_a_fire_of_it_runs(calendar: Calendar, 
     async with day(calendar, stack) as today, queue_and_agent(stack, today.name, work_s=LONG) as (_, worker):
         await today.make()
         await worker.until(lambda: worker.active == 1)
-        for bounces in range(1, 5):
-            await today.counted("bounces", bounces)
-            turned_at = pulse()
+        turned_at = pulse()
+        await today.counted("bounces", 4)
 
-            async def turns_again(turned_at: float = turned_at) -> bool:
-                return pulse() > turned_at
+        async def has_turned() -> bool:
+            return pulse() > turned_at
 
-            await until(turns_again)
+        await until(has_turned)
         assert len(worker.received) == 1
         await today.last_fire()
         worker.behave(work_s=0.01)
