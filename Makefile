@@ -47,7 +47,7 @@ test-e2e: setup ## The whole stack from outside
 	$(STEP) "end-to-end tests" $(PYTEST) $(SHARED) $(ARGS) tests/e2e
 
 test-chaos: setup ## Servers and services that stop, die and freeze under load
-	$(STEP) "chaos tests" $(PYTEST) $(CHAOS) --timeout 400 $(ARGS) tests/chaos
+	$(STEP) "chaos tests" $(PYTEST) $(CHAOS) --timeout 600 $(ARGS) tests/chaos
 
 test-chaos-long: setup ## The same with outages of 60 to 90 s and the large counts
 	$(STEP) "long chaos tests" env BIDE_TEST_LONG=1 $(PYTEST) $(CHAOS) --timeout 1800 $(ARGS) tests/chaos

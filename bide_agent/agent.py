@@ -93,7 +93,7 @@ class Agent:
     def beat_now(self) -> None:
         self._state.wake.set()
 
-    async def until(self, holds: Callable[[], bool], within_s: float = 10.0) -> None:
+    async def until(self, holds: Callable[[], bool], within_s: float = 30.0) -> None:
         """Come back when `holds`, asked at every message, beat and change. Raises `TimeoutError`."""
         await self._state.news.until(holds, within_s)
 

@@ -16,7 +16,7 @@ class News:
         self._next.set()
         self._next = asyncio.Event()
 
-    async def until(self, holds: Callable[[], bool], within_s: float = 10.0) -> None:
+    async def until(self, holds: Callable[[], bool], within_s: float = 30.0) -> None:
         """Come back when `holds`; it is asked again at every piece of news.
 
         Raises:

@@ -141,8 +141,9 @@ class Health:
         """Run every probe at once: `(ready, {name: "ok" or what is wrong})`."""
         async with self._lock:
             if time.monotonic() - self._at >= _PROBE_PAUSE_S:
-                answers = await asyncio.gather(*(_probed(probe) for probe in self._probes.values()))
-                self._last = dict(zip(self._probes, answers, strict=True))
+                probes = dict(self._probes)  # a service that is starting adds more meanwhile
+                answers = await asyncio.gather(*map(_probed, probes.values()))
+                self._last = dict(zip(probes, answers, strict=True))
                 self._at = time.monotonic()
         report = {"service": "ok" if self._started else "starting", **self._last}
         return all(answer == "ok" for answer in report.values()), report

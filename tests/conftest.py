@@ -32,7 +32,12 @@ ROOT = Path(__file__).parent.parent
 TEMPLATE = "bide_template"
 
 # No example has to be quick, and CI tries the same ones each time: it speaks of the change. Long runs look for others.
-hypothesis.settings.register_profile("bide", deadline=None, derandomize="BIDE_TEST_LONG" not in os.environ)
+hypothesis.settings.register_profile(
+    "bide",
+    deadline=None,
+    derandomize="BIDE_TEST_LONG" not in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("bide")
 
 

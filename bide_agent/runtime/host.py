@@ -77,7 +77,7 @@ class Host:
         """Count work that no message asked for as active, for the length of the block."""
         return self._work.turns.own_work()
 
-    async def until(self, holds: Callable[[], bool], within_s: float = 10.0) -> None:
+    async def until(self, holds: Callable[[], bool], within_s: float = 30.0) -> None:
         """Come back when `holds`, asked at every turn and beat. Raises `TimeoutError`."""
         await self._work.news.until(holds, within_s)
 

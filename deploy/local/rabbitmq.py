@@ -27,7 +27,7 @@ from deploy.local.run import LocalRun, Run, Server
 
 USER = "bide"
 STOP_LIMIT_S = 15.0
-CONTROL_LIMIT_S = 30.0
+CONTROL_LIMIT_S = 120.0
 MEMORY_SHARE = 0.4
 """RabbitMQ's own default until 4.0, good for every version."""
 Control = Callable[[Sequence[str], str | None], None]

@@ -15,7 +15,7 @@ from deploy.local.ledger import Ledger
 from deploy.local.process import Child, Command
 from shared.processes import end, family, is_stopped, kill, send
 
-READY_LIMIT_S = 60.0
+READY_LIMIT_S = 120.0
 PAUSE_LIMIT_S = 5.0
 """How long a server may take from its start to its first answer (warm: PostgreSQL 0.2 s, RabbitMQ 3 s)."""
 RETRY_S = 0.05

@@ -56,14 +56,14 @@ async def _survive(faulty: Stack, what: str, begin: Trouble, end: Trouble, for_s
 async def _flows_again(services: Ring, load: Storm) -> None:
     await load.more(20)
     await well(services)
-    account = await load.account(within_s=150)
+    account = await load.account(within_s=240)
     account.check()
     assert account.out_of_order() == []
     assert account.duplicates == []
     assert account.overlaps() == 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_broker_that_stops_for_ten_seconds_duplicates_nothing(faulty: Stack, own_servers: Servers) -> None:
     """B-25: an orderly stop and start; new messages for busy agents are told that nothing was promised."""
     broker = own_servers.rabbitmq
@@ -71,7 +71,7 @@ async def test_a_broker_that_stops_for_ten_seconds_duplicates_nothing(faulty: St
     assert set(seen.refusals) == {"not_kept"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_killed_broker_duplicates_nothing(faulty: Stack, own_servers: Servers) -> None:
     """B-25, B-30: kill -9; batches that were under way and not acknowledged come again and have no second effect."""
     broker = own_servers.rabbitmq
@@ -79,7 +79,7 @@ async def test_a_killed_broker_duplicates_nothing(faulty: Stack, own_servers: Se
     assert "not_kept" in seen.refusals
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_broker_away_for_thirty_seconds_duplicates_nothing(faulty: Stack, own_servers: Servers) -> None:
     """B-25: longer than a copy of the backlog is believed; idle agents stay reachable all the while."""
     broker = own_servers.rabbitmq
@@ -87,7 +87,7 @@ async def test_a_broker_away_for_thirty_seconds_duplicates_nothing(faulty: Stack
     assert set(seen.refusals) == {"not_kept"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_frozen_broker_leaves_nobody_hanging(faulty: Stack, own_servers: Servers) -> None:
     """B-25, B-28: SIGSTOP for 20 s; connections stay open, no confirm comes, and every caller is told so in time."""
     broker = own_servers.rabbitmq
@@ -95,7 +95,7 @@ async def test_a_frozen_broker_leaves_nobody_hanging(faulty: Stack, own_servers:
     assert seen.told["keep_unknown"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_memory_alarm_blocks_promises_and_nothing_else(faulty: Stack, own_servers: Servers) -> None:
     """B-28: RabbitMQ reads no publisher's connection; whoever was told `keep_unknown` comes back, and is kept once."""
     broker = own_servers.rabbitmq

@@ -21,7 +21,8 @@ from tests.chaos.kit.broker import more_runs, operator, outage, refusal, unwell,
 from tests.chaos.kit.processes import Process, Ring, ring
 from tests.chaos.kit.storm import Storm, storm
 from tests.conftest import Stack, until
-from tests.e2e.conftest import ENDED, Caller, Reply
+from tests.e2e.conftest import BUSY_S, ENDED, Caller, Reply
+from tests.integration.calendar_kit import free
 from tests.integration.conftest import make_clean, replica, stop, write_effects
 
 RING = ("proxy-1", "proxy-2", "queue-1", "queue-2")
@@ -40,13 +41,13 @@ async def _books(services: Ring, load: Storm) -> None:
     """Everything flows again, and nothing was delivered twice."""
     await load.more(20)
     await well(services)
-    account = await load.account(within_s=150)
+    account = await load.account(within_s=240)
     account.check()
     assert account.duplicates == []
     assert account.overlaps() == 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_connections_reset_again_and_again_duplicate_nothing(faulty: Stack) -> None:
     """B-25, B-30: what was read and not acknowledged comes again, and has no second effect."""
     async with ring(faulty, *RING) as services, storm(services, agents=6) as load:
@@ -83,7 +84,7 @@ def _declared(process: Process) -> int:
     return process.logged("topology_declared")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_silent_network_is_noticed_and_survived(faulty: Stack) -> None:
     """B-25: a black hole before a proxy and a half-open connection of a queue service, longer than two heartbeats."""
     async with ring(faulty, *RING) as services, storm(services, agents=6) as load:
@@ -135,7 +136,7 @@ def _runs(agent: Agent, key: str) -> int:
 async def test_a_retry_after_a_lost_confirm_is_the_same_item(faulty: Stack) -> None:
     """B-28: the publish arrived and its confirm did not; the retry comes through another proxy while it waits."""
     async with ring(faulty, "proxy-1", "proxy-2", "queue-1") as services, storm(services, agents=4) as load:
-        agent = await load.agent(work_s=4.0)
+        agent = await load.agent(work_s=BUSY_S)
         load.begin(load.agents[:-1])
         await load.more(10)
         caller, key = load.caller("told-unknown"), str(uuid4())
@@ -145,7 +146,9 @@ async def test_a_retry_after_a_lost_confirm_is_the_same_item(faulty: Stack) -> N
         retry = await caller.send(agent.workspace, "kept once", key=key, proxy=1, prefer="wait=0", x_queue_id=queue_id)
         assert retry.status == 202, retry.body
         assert retry.json["queue_id"] == queue_id
-        assert _runs(agent, key) == 0, "the machine was too slow for this test: the item did not wait any more"
+        assert _runs(agent, key) == 0
+        agent.behave(work_s=0.1)
+        free(agent)
         await _ended(caller, queue_id)
         await _books(services, load)
         assert occupied.promised
@@ -182,7 +185,7 @@ def _says_same(reply: Reply, queue_id: str) -> bool:
 # ── queues that are deleted ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_deleted_queue_is_declared_again_and_read_again(faulty: Stack) -> None:
     """B-26: RabbitMQ cancels the consumers of every queue, those of all replicas and each proxy's own."""
     async with ring(faulty, *RING) as services, storm(services, agents=6) as load:
@@ -202,7 +205,7 @@ async def test_a_deleted_queue_is_declared_again_and_read_again(faulty: Stack) -
             await until(lambda proxy=proxy: _is_listed(asking, load.agents[0], proxy))  # type: ignore[misc]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_broker_that_lost_all_its_data_is_filled_again(faulty: Stack, own_servers: Servers) -> None:
     """B-26: the vhost is gone and comes back empty; every process declares what it needs, and none is restarted."""
     broker = own_servers.rabbitmq

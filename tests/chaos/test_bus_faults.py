@@ -37,20 +37,20 @@ async def test_postgres_away_under_load_costs_time_and_nothing_else(own: Stack, 
             await each.reader.start()
         enough = asyncio.Event()
         load = asyncio.create_task(_publish_until(enough, one.publisher, published))
-        await until(lambda: _at_least(published, 50))
+        await until(lambda: _at_least(published, 50), within_s=60)
         await asyncio.to_thread(own_servers.postgres.stop, "immediate")
         before = len(published)
         await asyncio.sleep(AWAY_S)  # the outage itself
         during = len(published) - before
         await asyncio.to_thread(own_servers.postgres.start)
-        await until(lambda: _at_least(published, before + during + 50))
+        await until(lambda: _at_least(published, before + during + 50), within_s=150)
         enough.set()
         await load
 
         async def applied() -> bool:
             return len(await one.effects()) >= len(published)
 
-        await until(applied, within_s=60)
+        await until(applied, within_s=150)
         assert await one.effects() == sorted(published)
         assert await one.dead_letters() == []
     print(f"postgres away {AWAY_S:g} s: {during} facts published meanwhile, {len(published)} applied once, 0 set aside")

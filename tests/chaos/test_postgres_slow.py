@@ -13,12 +13,13 @@ import pytest
 
 from tests.chaos.conftest import LONG, away_s
 from tests.chaos.kit import database
+from tests.chaos.kit.broker import more_runs
 from tests.chaos.kit.database import close_books
 from tests.chaos.kit.processes import ring
 from tests.chaos.kit.storm import storm
 from tests.conftest import Stack
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 QUICK = {"BIDE_QUEUE_OWNER_SILENT_S": "8", "BIDE_QUEUE_OWNER_BEAT_S": "1"}
 RING = ("proxy-1", "queue-1", "queue-2")
 _CUTS_MAX = 60
@@ -32,10 +33,9 @@ async def test_at_200_ms_a_query_the_storm_goes_on_and_nothing_is_delivered_twic
         for link in services.links("postgres"):
             link.delay_s = 0.1  # each way
         promised, delivered = load.promised(), load.runs()
-        await asyncio.sleep(away_s(20.0))  # the length of the fault
-        assert load.promised() > promised + 20
+        # The length of the fault.
+        await asyncio.gather(asyncio.sleep(away_s(20.0)), load.more(20), more_runs(load, 1))
         print(f"while slow: promised {load.promised() - promised}, delivered {load.runs() - delivered}")
-        assert load.runs() > delivered
         for link in services.links("postgres"):
             link.delay_s = 0.0
         await load.more(20)
@@ -52,7 +52,7 @@ async def test_a_pool_that_waits_for_locks_waits_and_nobody_is_taken_for_dead(fa
             promises = asyncio.create_task(load.more(20))
             while not over.done():
                 for process in services.processes.values():
-                    await asyncio.to_thread(urllib.request.urlopen, f"{process.url}/livez", timeout=5)
+                    await asyncio.to_thread(urllib.request.urlopen, f"{process.url}/livez", timeout=30)
                 await asyncio.wait([over], timeout=1)
             await promises
         await load.more(20)

@@ -163,7 +163,7 @@ def cancels(facts: Sequence[Fact]) -> list[Fact]:
             found.append(
                 QueueQuery(
                     workspace_id="-", rev=1, query_id=uuid7(), verb="cancel", queue_id=queue_id,
-                    caller_hash=digest(caller), expires_at=datetime.now(UTC) + timedelta(seconds=60), reply_to="door",
+                    caller_hash=digest(caller), expires_at=datetime.now(UTC) + timedelta(seconds=3600), reply_to="door",
                 )
             )  # fmt: skip
     return found
@@ -206,7 +206,7 @@ async def tell(side: Replica, facts: Sequence[Fact]) -> None:
     async def read() -> bool:
         return facts_read() >= before + len(facts)
 
-    await until(read)
+    await until(read, within_s=120)
 
 
 async def state(side: Replica) -> dict[str, object]:

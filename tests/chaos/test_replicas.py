@@ -14,15 +14,17 @@ from tests.chaos.kit.looking import change, ended, holder, status
 from tests.chaos.kit.processes import Process, ring
 from tests.chaos.kit.storm import Storm, storm
 from tests.conftest import Stack, until
+from tests.e2e.conftest import BUSY_S
+from tests.integration.calendar_kit import free
 
 QUICK = {"BIDE_QUEUE_OWNER_SILENT_S": "6", "BIDE_QUEUE_OWNER_BEAT_S": "1"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_queue_replica_that_was_frozen_completes_at_most_what_waits_again(faulty: Stack) -> None:
     """A-Q-22, B-03: its answers came while it stood still; the other replica has long taken its deliveries."""
     async with ring(faulty, "proxy-1", "queue-1", "queue-2", **QUICK) as services, storm(services) as load:
-        waits, again = [await load.agent(work_s=25.0) for _ in range(2)]
+        waits, again = [await load.agent(work_s=BUSY_S) for _ in range(2)]
         await services["queue-2"].stop()
         one = await _under_way(load, waits)
         two = await _under_way(load, again)
@@ -34,9 +36,10 @@ async def test_a_queue_replica_that_was_frozen_completes_at_most_what_waits_agai
         await change(services, waits, "paused", value=True, paused=True)
         load.begin(load.agents[:-2])
         await load.more(20)
-        assert not any(_has_ended(agent, 0) for agent in (waits, again)), "too slow: it must freeze within the turns"
         await services["queue-1"].freeze()
-        again.behave(work_s=away_s(30) + 30)
+        waits.behave(work_s=0.1)
+        for agent in (waits, again):
+            free(agent)
         await asyncio.sleep(away_s(30))  # the fault itself
         for agent in (waits, again):
             await agent.until(lambda agent=agent: _has_ended(agent, 0), within_s=60)  # type: ignore[misc]
@@ -48,7 +51,8 @@ async def test_a_queue_replica_that_was_frozen_completes_at_most_what_waits_agai
         await ended(load, one)
         await status(services, two, "dispatched")
         assert len(waits.received) == 1, "the late answer was enough"
-        account = await load.account(within_s=150)
+        free(again)
+        account = await load.account(within_s=240)
         account.check()
         assert {each.cause.whom for each in account.duplicates if each.cause} <= {"queue-1"}
         assert _answered_delivery(one) == 1
@@ -56,20 +60,25 @@ async def test_a_queue_replica_that_was_frozen_completes_at_most_what_waits_agai
         assert account.out_of_order() == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_a_rolling_restart_hands_back_what_outlasts_the_drain(faulty: Stack) -> None:
-    """B-05, B-30: turns of 20 s and a drain of 3 s; written back without an attempt, and delivered again."""
+    """B-05, B-30: turns longer than a drain of 3 s; written back without an attempt, and delivered again."""
     names = ("queue-1", "queue-2", "proxy-1", "proxy-2")
     async with ring(faulty, *names, BIDE_DRAIN_S="3", **QUICK) as services, storm(services, agents=6) as load:
         load.begin(load.agents)
         long: list[Sent] = []
         for name in ("queue-1", "queue-2"):
-            agents = [await load.agent(work_s=20.0) for _ in range(3)]
-            items = await asyncio.gather(*(_under_way(load, agent) for agent in agents))
-            assert {(await holder(services, item)).service for item in items} == {"queue"}
-            long += items
+            agents: list[Agent] = []
+            holders: set[Process] = set()
+            while len(agents) < 3 or services[name] not in holders:  # whichever replica comes first takes an item
+                agents.append(await load.agent(work_s=BUSY_S))
+                long.append(await _under_way(load, agents[-1]))
+                holders.add(await holder(services, long[-1]))
             await load.more(10)
             await _replace(services[name])
+            for agent in agents:
+                agent.behave(work_s=0.1)
+                free(agent)
         live_at = [await load.agent(work_s=20.0) for _ in range(2)]
         live = [asyncio.create_task(load.send(agent, "live", proxy=n)) for n, agent in enumerate(live_at)]
         for agent in live_at:
@@ -78,12 +87,12 @@ async def test_a_rolling_restart_hands_back_what_outlasts_the_drain(faulty: Stac
             await load.more(10)
             await _replace(services[name])
         await load.more(10)
-        account = await load.account(within_s=150)
+        account = await load.account(within_s=240)
         account.check()
         assert account.out_of_order() == []
         print("live forwards under the restart:", [task.result().fate for task in live])
-        assert [(each.item or {}).get("status") for each in long] == ["completed"] * 6
-        assert [(each.item or {}).get("attempts") for each in long] == [0] * 6
+        assert [(each.item or {}).get("status") for each in long] == ["completed"] * len(long)
+        assert [(each.item or {}).get("attempts") for each in long] == [0] * len(long)
         handed_back = [each for each in long if len(account.runs[each.message_id]) > 1]
         assert handed_back, "no turn outlasted the drain of its owner"
         assert {each.cause.what for each in account.duplicates if each.cause} <= {"stopped"}

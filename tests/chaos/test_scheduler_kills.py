@@ -18,7 +18,7 @@ SCHEDULES = 4000
 SEED = 20270301
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 async def test_two_hundred_kills_lose_no_fire_and_repeat_none(calendar: Calendar, stack: Stack) -> None:
     """C-R1: half of them after a random statement of the tick's transaction, half at a random moment."""
     random = Random(SEED)

@@ -24,6 +24,8 @@ from shared.addresses import AddressRules
 from shared.agents import Agents
 
 ROOT = Path(__file__).parents[2]
+BUSY_S = 600.0
+"""Until the test says otherwise."""
 ENDED = {"completed", "failed", "expired", "canceled", "superseded"}
 
 
@@ -34,6 +36,8 @@ class Ready:
     proxies: list[str]
     admin_token: str
     pids: Mapping[str, list[int]]
+    database_url: str
+    """The administrator's: to see that a service has heard of something, never what came of it."""
 
     @property
     def proxy(self) -> str:
@@ -58,7 +62,7 @@ def up(*options: str, **settings: str) -> Iterator[Ready]:
             line = process.stdout.readline()
             assert line, f"the stack did not start ({process.wait()})"
             said = json.loads(line)
-            yield Ready(said["proxies"], said["admin_token"], said["pids"])
+            yield Ready(said["proxies"], said["admin_token"], said["pids"], said["database_url"])
         finally:
             process.send_signal(signal.SIGINT)
             process.wait()
@@ -146,3 +150,29 @@ class Fleet:
 async def fleet(ring: Ready) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as exits:
         yield Fleet(ring, exits)
+
+
+@pytest.fixture
+async def open_ring(ring: Ready, lead: Caller, fleet: Fleet) -> Ready:
+    """The stack once it lets messages straight through: at first its proxy keeps all, until the queue has spoken."""
+    agent = await fleet.start(work_s=0.0)
+    async with asyncio.timeout(60):
+        while True:
+            reply = await lead.send(agent.workspace, "warm")
+            if reply.status == 200:
+                return ring
+            await asyncio.sleep(0.1)  # a caller's pace
+
+
+async def busy(agent: Agent) -> None:
+    """Let it do work of its own until `free`; come back when Bide has been told."""
+    beats = agent.beats
+    agent.busy_for(BUSY_S)
+    agent.beat_now()
+    await agent.until(lambda: agent.beats > beats)
+
+
+def free(agent: Agent) -> None:
+    """Let that work end."""
+    agent.busy_for(0)
+    agent.beat_now()

@@ -68,9 +68,10 @@ def operated(**settings: str) -> Iterator[Operated]:
         }
         Path(folder, "agents.toml").write_text("")
         with up(**files, **settings) as ready:
-            yield Operated(ready.proxies, ready.admin_token, ready.pids, Path(folder))
+            yield Operated(ready.proxies, ready.admin_token, ready.pids, ready.database_url, Path(folder))
 
 
 def lines(record: Path) -> list[dict[str, Any]]:
-    """What the agent has noted."""
-    return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    """What the agent has noted. A line that is being written has no end yet."""
+    said = record.read_text() if record.exists() else ""
+    return [json.loads(line) for line in said.splitlines(keepends=True) if line.endswith("\n")]

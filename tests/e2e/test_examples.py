@@ -19,16 +19,13 @@ from uuid import uuid4
 import pytest
 
 from bide_agent import client
-from bide_agent.agent import Agent
-from tests.e2e.conftest import ROOT, Caller, Fleet, Ready
+from tests.e2e.conftest import ROOT, Caller, Fleet, Ready, busy, free
 
 pytestmark = pytest.mark.timeout(600)  # the first run fetches two SDKs
 
 CALLERS = ROOT / "examples/callers"
 AGENTS = ROOT / "examples/agents"
 PLAIN = AGENTS / "plain.py"
-BUSY_S = 600.0
-"""Until the test says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,30 +137,6 @@ def caller(request: pytest.FixtureRequest) -> tuple[Kind, Sequence[str]]:
     return kind, kind.command()
 
 
-@pytest.fixture
-async def open_ring(ring: Ready, lead: Caller, fleet: Fleet) -> Ready:
-    """The stack once it lets messages straight through: at first its proxy keeps all, until the queue has spoken."""
-    agent = await fleet.start(work_s=0.0)
-    async with asyncio.timeout(60):
-        while True:
-            reply = await lead.send(agent.workspace, "warm")
-            if reply.status == 200:
-                return ring
-            await asyncio.sleep(0.1)  # a caller's pace
-
-
-async def busy(agent: Agent) -> None:
-    beats = agent.beats
-    agent.busy_for(BUSY_S)
-    agent.beat_now()
-    await agent.until(lambda: agent.beats > beats)
-
-
-def free(agent: Agent) -> None:
-    agent.busy_for(0)
-    agent.beat_now()
-
-
 def queue_id_in(line: str) -> str:
     """The id that a caller prints when its message is kept."""
     if line.startswith("202 "):
@@ -234,7 +207,7 @@ async def test_the_plain_agent_answers_callers_of_both_versions(kind: Kind, open
 
 async def test_the_plain_agent_refuses_when_busy_and_bide_keeps_what_it_refused(open_ring: Ready, lead: Caller) -> None:
     name = f"plain-{uuid4().hex[:8]}"
-    async with started(open_ring, sys.executable, str(PLAIN), name, "6") as agent:
+    async with started(open_ring, sys.executable, str(PLAIN), name, "15") as agent:
         url = (await agent.says("registered")).split()[-1]
         # Somebody has told Bide that it takes two at a time, and so Bide does not keep the second by itself.
         told = await lead.call("POST", "/registry/register", {"id": name, "url": url, "max_concurrent_tasks": 2})

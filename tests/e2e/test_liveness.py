@@ -9,10 +9,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import pytest
 
 from bide_agent.agent import Agent
@@ -27,7 +28,7 @@ QUICK = {
     "BIDE_LIVENESS_SWEEP_S": "1",
     "BIDE_LIVENESS_LOOK_S": "1",
     "BIDE_LIVENESS_BOOT_S": "6",
-    "BIDE_LIVENESS_NOTICE_S": "3",
+    "BIDE_LIVENESS_NOTICE_S": "6",
     "BIDE_LIVENESS_BACKOFF_S": "0.5",
     "BIDE_LIVENESS_WEBHOOK_SECRET": SECRET,
     "BIDE_QUEUE_SNAPSHOT_S": "0.5",
@@ -110,7 +111,7 @@ async def test_a_recent_heartbeat_debounces(lead: Caller, fleet: Fleet, engine: 
         assert len(told) == 1
         assert told[0].startswith("1 of 2 within 30 s, heard ")
         assert engine.starts(agent.workspace) == []
-        assert (await show(lead, agent.workspace))["status"] == "online"
+        await until(lambda: _is_online(lead, agent.workspace))
 
 
 async def test_an_inspect_error_is_alive(lead: Caller, fleet: Fleet, engine: Plane) -> None:
@@ -169,36 +170,30 @@ async def test_an_agent_killed_in_mid_delivery_is_restarted_and_its_message_deli
 ) -> None:
     """D-S6, A-Q-18: noticed by its exit, although it was heard a moment ago; it counts as an attempt and a death."""
     name = f"w-{uuid4().hex[:8]}"
-    record = ring.let_run(name, work_s=2.0)
+    record = ring.let_run(name)
     await run(lead, name, admission="queue_first")
     kept = await lead.send(name, "synthesis")
     assert kept.status == 202, kept.body
     await until(lambda: _is(any(each["event"] == "begin" for each in lines(record))))
-    killed_at = time.monotonic()
+    ring.let_run(name, work_s=0.1)  # its next life
+    killed_at = datetime.now(UTC)
     ring.end(name)
-    noted: dict[str, float] = {}
-
-    async def is_delivered() -> bool:
-        restart = (await life(lead, name))["restarts"][0]
-        if restart["reason"] == "exited":
-            noted.setdefault("noticed", time.monotonic() - killed_at)
-            if restart["result"] == "started":
-                noted.setdefault("restarted", time.monotonic() - killed_at)
-        if sum(each["event"] == "begin" for each in lines(record)) > 1:
-            noted.setdefault("delivered again", time.monotonic() - killed_at)
-        return any(each["event"] == "end" for each in lines(record))
-
-    await until(is_delivered)
-    item = await lead.ended(kept.json["queue_id"])
-    print(f"{name}: killed -9 in mid-delivery, " + ", ".join(f"{what} after {at:.1f} s" for what, at in noted.items()))
+    item = await lead.ended(kept.json["queue_id"], within_s=90)
+    restart = (await life(lead, name))["restarts"][0]
+    noticed_s, restarted_s = (_seconds(killed_at, restart[moment]) for moment in ("decided_at", "ended_at"))
+    print(f"{name}: killed -9 in mid-delivery, noticed after {noticed_s:.1f} s, restarted after {restarted_s:.1f} s")
     assert (item["status"], item["attempts"]) == ("completed", 1)
     begun = [each for each in lines(record) if each["event"] == "begin"]
     assert [each["message_id"] for each in begun] == [begun[0]["message_id"]] * 2
     first, again = (each["delivery"] for each in begun)
     assert first < again, "one that found nobody there counts as a delivery, and not as an attempt"
-    assert list(noted) == ["noticed", "restarted", "delivered again"]
-    assert noted["restarted"] < 25
+    assert (restart["reason"], restart["result"]) == ("exited", "started")
+    assert restarted_s < 25
     await let_go(lead, ring, name)
+
+
+def _seconds(since: datetime, moment: str) -> float:
+    return (datetime.fromisoformat(moment) - since).total_seconds()
 
 
 async def test_an_operators_restart_tells_the_agent_first(lead: Caller, ring: Operated) -> None:
@@ -206,15 +201,15 @@ async def test_an_operators_restart_tells_the_agent_first(lead: Caller, ring: Op
     name = f"w-{uuid4().hex[:8]}"
     record = ring.let_run(name)
     before = await run(lead, name)
-    first = ring.pid(name)
     session = asyncio.create_task(lead.send(name, "six hours"))
     await until(lambda: _is(any(each["event"] == "begin" for each in lines(record))))
     asked = await lead.call("POST", f"/workspaces/{name}/restart", {"reason": "a new secret"})
     assert asked.status == 200, asked.body
     answer = await session
-    mark = answer.json["result"]["metadata"]["urn:bide:queue:1"]
-    assert (mark["checkpointed"], mark["reason"]) == (True, "restart")
-    assert ring.pid(name) == first, "it was told before it was ended"
+    # The very first message of a stack may be kept.
+    said = answer.json if answer.status == 200 else (await lead.ended(answer.json["queue_id"]))["answer"]
+    mark = said["result"]["metadata"]["urn:bide:queue:1"]
+    assert (mark["checkpointed"], mark["reason"]) == (True, "restart"), "it was told before it was ended"
     told = [(each["kind"], each["reason"], each["result"]) for each in lines(record) if each["event"] == "directive"]
     assert told == [("checkpoint", "restart", "saving")]
     await until(lambda: _is_up(lead, name, after=before))
@@ -236,7 +231,7 @@ async def _held_back(lead: Caller, ring: Operated, held: dict[str, Any]) -> None
     before = await run(lead, name)
     first = ring.pid(name)
     await change(lead, name, **held)
-    await asyncio.sleep(1)  # his word is on its way to liveness
+    await until(lambda: _has_heard(ring, name))
     by_hand = await lead.call("POST", f"/workspaces/{name}/restart")
     assert by_hand.status == 409, by_hand.body
     ring.end(name)
@@ -246,6 +241,16 @@ async def _held_back(lead: Caller, ring: Operated, held: dict[str, Any]) -> None
     await change(lead, name, paused=False, desired="running", cordoned=False)
     await until(lambda: _is_up(lead, name, after=before))
     await let_go(lead, ring, name)
+
+
+async def _has_heard(ring: Operated, name: str) -> bool:
+    """Whether the operator's word has come to liveness."""
+    connection = await asyncpg.connect(ring.database_url)
+    try:
+        query = "SELECT paused OR cordoned OR desired = 'stopped' FROM liveness.agents WHERE workspace_id = $1"
+        return bool(await connection.fetchval(query, name))
+    finally:
+        await connection.close()
 
 
 async def test_a_crash_loop_is_given_up_and_comes_back_by_the_operator(lead: Caller, ring: Operated) -> None:
@@ -283,7 +288,7 @@ async def test_what_is_run_is_never_an_agents_to_say(lead: Caller, ring: Operate
     wish: dict[str, Any] = {"runtime": {"driver": "process"}, "driver": "process", "command": ["sh"]}
     enrolled = await lead.call("POST", "/registry/register", {"id": name, "url": "", "boot_id": "b1", **wish})
     client = Agents(AddressRules(allow_loopback=True))
-    itself = Caller(replace(Ready(ring.proxies, "", {}), admin_token=enrolled.json["auth_token"]), client, name)
+    itself = Caller(Ready(ring.proxies, enrolled.json["auth_token"], {}, ""), client, name)
     beat = {"workspace_id": name, "active_tasks": 0, "boot_id": "b1", "settings": wish, **wish}
     card = {"workspace_id": name, "agent_card": {"name": "x", **wish}, **wish}
     tries = {
@@ -326,6 +331,10 @@ async def let_go(lead: Caller, ring: Operated, name: str) -> None:
 
 async def _is(value: bool) -> bool:
     return value
+
+
+async def _is_online(lead: Caller, name: str) -> bool:
+    return bool((await show(lead, name))["status"] == "online")
 
 
 async def _is_up(lead: Caller, name: str, *, after: int = 0) -> bool:

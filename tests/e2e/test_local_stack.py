@@ -25,8 +25,8 @@ from deploy.local.ledger import read_record
 from shared.processes import Mark, is_alive, wait_gone
 
 REPOSITORY = Path(__file__).parents[2]
-READY_LIMIT_S = 90.0
-AGAIN_LIMIT_S = 60.0
+READY_LIMIT_S = 180.0
+AGAIN_LIMIT_S = 120.0
 
 
 class Up:

@@ -9,9 +9,12 @@ import time
 from itertools import pairwise
 from uuid import uuid4
 
+import pytest
+
 from bide_agent.agent import Agent
 from tests.conftest import until
-from tests.e2e.conftest import Caller, Fleet, Ready, up
+from tests.e2e.conftest import BUSY_S, Caller, Fleet, Ready, busy, free, up
+from tests.integration.calendar_kit import free as end_turns
 
 
 async def test_a_storm_is_accepted_delivered_once_in_order_and_never_two_at_a_time(lead: Caller, fleet: Fleet) -> None:
@@ -60,12 +63,12 @@ async def test_sixty_messages_of_one_caller_to_one_workspace_are_all_taken(lead:
 async def test_twenty_concurrent_sends_of_one_message_are_one_item_for_everybody(lead: Caller, fleet: Fleet) -> None:
     """B-15."""
     agent = await fleet.start()
-    agent.busy_for(2.0)
-    agent.beat_now()
+    await busy(agent)
     key = str(uuid4())
     replies = await asyncio.gather(*(lead.send(agent_name(agent), "same", key=key) for _ in range(20)))
     assert {reply.status for reply in replies} == {202}
     assert len({reply.json["queue_id"] for reply in replies}) == 1
+    free(agent)
     await lead.ended(replies[0].json["queue_id"])
     assert len(agent.received) == 1
 
@@ -75,12 +78,12 @@ async def test_an_accepted_task_holds_its_slot_through_half_a_minute_of_failing_
 ) -> None:
     """A poll that fails says nothing: the slot is the task's until the task says it has ended."""
     agent = await fleet.start(behaviour={"asynchronous": True, "work_s": 31.0, "polls_fail_s": 30.0})
-    agent.busy_for(0.5)
-    agent.beat_now()
+    await busy(agent)
     first = await lead.send(agent.workspace, "long")
     second = await lead.send(agent.workspace, "after")
     assert (first.status, second.status) == (202, 202)
-    item = await lead.ended(first.json["queue_id"], within_s=60)
+    free(agent)
+    item = await lead.ended(first.json["queue_id"], within_s=90)
     assert (item["status"], item["attempts"]) == ("completed", 0)
     agent.behave(asynchronous=False, work_s=0.05)
     await lead.ended(second.json["queue_id"], within_s=60)
@@ -90,9 +93,10 @@ async def test_an_accepted_task_holds_its_slot_through_half_a_minute_of_failing_
 
 async def test_a_slow_agent_and_a_limited_wait(lead: Caller, fleet: Fleet) -> None:
     """`Prefer: wait=1`: 202, and the answer is there later."""
-    agent = await fleet.start(work_s=2.0)
+    agent = await fleet.start(work_s=BUSY_S)
     reply = await lead.send(agent_name(agent), "slow", prefer="wait=1")
     assert reply.status == 202
+    end_turns(agent)
     item = await lead.ended(reply.headers["x-queue-id"])
     assert item["status"] == "completed"
     assert "slow" in str(item["answer"])
@@ -115,13 +119,16 @@ async def test_an_explicit_key_is_executed_once_idle_busy_and_after_its_end(lead
     assert other.status == 422
 
 
+@pytest.mark.usefixtures("open_ring")
 async def test_a_message_kept_behind_a_live_forward_follows_it_at_once(lead: Caller, fleet: Fleet) -> None:
-    """A-Q-23: capacity 1, a forward runs, a message kept 20 ms later is delivered after its end, and then soon."""
-    agent = await fleet.start(work_s=0.6)
+    """A-Q-23: capacity 1, a forward runs, a message kept meanwhile is delivered after its end, and then soon."""
+    agent = await fleet.start(work_s=BUSY_S)
     name = agent_name(agent)
     live = asyncio.create_task(lead.send(name, "live"))
     await agent.until(lambda: len(agent.received) == 1)
+    agent.behave(work_s=0.05)
     kept = await lead.send(name, "kept")
+    end_turns(agent)
     assert (await live).status == 200
     assert kept.status == 202
     await lead.ended(kept.json["queue_id"])
@@ -142,7 +149,7 @@ async def test_the_same_with_its_proxy_killed() -> None:
         client = Agents(AddressRules(allow_loopback=True))
         lead = Caller(ready, client, "lead")
         async with AsyncExitStack() as exits:
-            agent = await Fleet(ready, exits).start(work_s=3.0)
+            agent = await Fleet(ready, exits).start(work_s=0.1)
             name = agent_name(agent)
 
             # A proxy that never had a backlog's copy keeps what it could forward: warm the second one up.
@@ -156,6 +163,7 @@ async def test_the_same_with_its_proxy_killed() -> None:
                 return bool(seen.json["in_use"] == expected)
 
             await until(lambda: in_use(0))  # the warm-up is over, and told
+            agent.behave(work_s=10.0)
 
             async def forward() -> int:
                 try:
@@ -172,7 +180,8 @@ async def test_the_same_with_its_proxy_killed() -> None:
             killed_at = time.monotonic()
             assert await live == 0
             assert kept.status == 202
-            item = await lead.ended(kept.json["queue_id"])
+            agent.behave(work_s=0.1)
+            item = await lead.ended(kept.json["queue_id"], within_s=90)
             assert item["status"] == "completed"
             assert_one_at_a_time(agent)
             assert [each.text for each in agent.received][before:] == ["live", "kept"]

@@ -153,7 +153,8 @@ async def test_at_its_ceiling_a_turn_saves_and_its_partial_work_is_the_answer(le
     job = Job()
     host: Host = await started(job)
     name = host.workspace
-    rules = {"session_ceiling_s": 4, "checkpoint_grace_s": 20, "stop_grace_s": 5}
+    # It is asked twice, a quarter of the ceiling apart: longer than this machine stands still.
+    rules = {"session_ceiling_s": 12, "checkpoint_grace_s": 20, "stop_grace_s": 5}
     assert (await lead.call("PATCH", f"/workspaces/{name}", rules)).status == 200
     reply = await lead.send(name, "read wait never", prefer="wait=40")
     assert reply.status == 200, reply.body
@@ -242,7 +243,7 @@ async def test_the_runner_is_a_program_of_its_own_and_gives_back_what_it_has_not
         queue_id = await kept(lead, name, "remember me")
 
         async def has_begun() -> bool:
-            return any(tmp_path.rglob("notes"))  # noqa: ASYNC240 - a small folder
+            return any(notes.read_text() for notes in tmp_path.rglob("notes"))  # noqa: ASYNC240 - a small folder
 
         await until(has_begun)
         first.terminate()

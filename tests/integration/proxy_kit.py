@@ -145,7 +145,7 @@ class Proxy:
         async def has_one() -> bool:
             return self.copies.backlogs.snapshot_at is not None
 
-        await until(has_one, 15)
+        await until(has_one)
 
 
 _IN_BODY = ("message_id", "method", "request_id", "configuration", "metadata", "task_id", "context_id", "params")

@@ -123,7 +123,7 @@ class Door:
         """Publish, and wait for the queue's word."""
         self.kept[fact.queue_id] = asyncio.get_running_loop().create_future()
         await self.publisher.publish(fact)
-        return await asyncio.wait_for(self.kept[fact.queue_id], 15)
+        return await asyncio.wait_for(self.kept[fact.queue_id], 60)
 
     async def heartbeat(self, name: str, *, active: int = 0, incarnation: int = 1, cadence_s: float = 30) -> None:
         now = datetime.now(UTC)
@@ -149,13 +149,13 @@ class Door:
         """A question to the queue, as HTTP would ask it: `(status, body)`."""
         query_id = uuid7()
         self.answered[query_id] = asyncio.get_running_loop().create_future()
-        expires = datetime.now(UTC) + timedelta(seconds=10)
+        expires = datetime.now(UTC) + timedelta(seconds=60)
         query = QueueQuery(
             workspace_id=name, rev=1, query_id=query_id, verb=verb,
             **{"expires_at": expires, "reply_to": self._reply_to(QueryAnswered), **values},
         )  # fmt: skip
         await self.publisher.publish(query)
-        answer = await asyncio.wait_for(self.answered[query_id], 15)
+        answer = await asyncio.wait_for(self.answered[query_id], 60)
         return answer.status, json.loads(answer.body)
 
     async def item(self, queue_id: UUID) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class StandIn:
         async def is_known() -> bool:
             return front.copies.backlogs.view(name).rev == rev and not front.copies.keeps.pending(name)
 
-        await until(is_known, 15)
+        await until(is_known)
 
     def verbs(self) -> list[str]:
         """What was asked, in order, but for snapshots."""

@@ -128,7 +128,7 @@ async def test_a_crash_is_seen_as_stopped_with_its_own_id(bench: Bench, driver: 
     runs = await started(driver, target)
     bench.crash(runs)
     for each in (driver, other):
-        await until(lambda each=each: sees(each, target, kind=Seen.STOPPED), within_s=10)  # type: ignore[misc]
+        await until(lambda each=each: sees(each, target, kind=Seen.STOPPED))  # type: ignore[misc]
     assert (await driver.inspect(target)).container_id == runs
     assert (await driver.restart(target, expected=runs, fence=2)).seen is Seen.RUNNING
 
@@ -148,7 +148,7 @@ async def test_a_crash_is_told_at_once_also_to_a_replica_that_did_not_start_it(
         assert await sees(other, target, kind=Seen.STOPPED)
         return
     for each in (driver, other):
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             ended = await anext(each.exits())
         assert (ended.workspace_id, ended.container_id) == ("w1", runs)
 
@@ -158,9 +158,9 @@ async def test_a_paused_agent_is_in_transition(bench: Bench, driver: Driver) -> 
     target = bench.add("w1")
     runs = await started(driver, target)
     bench.pause(runs)
-    await until(lambda: sees(driver, target, kind=Seen.TRANSITION), within_s=10)
+    await until(lambda: sees(driver, target, kind=Seen.TRANSITION))
     bench.resume(runs)
-    await until(lambda: sees(driver, target, kind=Seen.RUNNING), within_s=10)
+    await until(lambda: sees(driver, target, kind=Seen.RUNNING))
 
 
 async def test_a_kill_ends_what_was_meant_and_nothing_else(bench: Bench, driver: Driver, other: Driver) -> None:
@@ -367,11 +367,11 @@ async def test_an_answer_that_comes_in_drops_ends_at_the_limit(monkeypatch: pyte
     server = await asyncio.start_server(drips, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     driver = WebhookDriver("secret")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         seen = await driver.inspect(Target("w1", {"driver": "webhook", "url": f"http://127.0.0.1:{port}/"}))
     assert (seen.seen, seen.why) == (Seen.UNKNOWN, "its answer does not come to an end")
     await driver.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await left.wait()
     server.close()
 

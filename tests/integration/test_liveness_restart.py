@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -256,9 +255,8 @@ async def test_a_call_that_hangs_ends(stack: Stack, pool: Pool, engine: FakeEngi
     await crashed(one, engine, "w1")
     await one.look()
     engine.before_call = asyncio.Event()
-    begun = time.monotonic()
-    await one.restart()
-    assert time.monotonic() - begun < 5
+    async with asyncio.timeout(30):
+        await one.restart()
     (row,) = await restart_rows(pool, "w1")
     assert "in time" in row["last_error"]
 

@@ -121,7 +121,7 @@ async def test_a_crash_is_noticed_by_its_exit_and_the_agent_is_started_again(
         assert first is not None
         await rows.execute("UPDATE agents SET restarted_at = now() - interval '1 hour'")
         os.kill(first.pid, signal.SIGKILL)
-        await until(lambda: _is(agents.mark("w1") != first and agents.runs("w1")), within_s=5)
+        await until(lambda: _is(agents.mark("w1") != first and agents.runs("w1")))
     assert [row["reason"] for row in await restart_rows(rows, "w1")] == ["first_start", "exited"]
 
 

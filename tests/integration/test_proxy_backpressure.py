@@ -29,7 +29,7 @@ async def queue(stack: Stack) -> AsyncIterator[StandIn]:
 
 @pytest.fixture
 async def front(stack: Stack, queue: StandIn) -> AsyncIterator[Proxy]:
-    async with proxy(stack, query_timeout_s=5.0, kept_wait_s=5.0) as opened:
+    async with proxy(stack, query_timeout_s=20.0, kept_wait_s=5.0) as opened:
         queue.says["known"] = lambda _: UNKNOWN
         await opened.ready()
         yield opened
@@ -182,7 +182,7 @@ async def test_a_caller_has_so_many_critical_messages_a_minute(
     stack: Stack, queue: StandIn, rights: tuple[str, ...]
 ) -> None:
     """Only what takes a new place counts: a retry of what waits passes, another priority and another caller too."""
-    async with proxy(stack, critical_per_minute=2, query_timeout_s=5.0, kept_wait_s=5.0) as front:
+    async with proxy(stack, critical_per_minute=2, query_timeout_s=20.0, kept_wait_s=5.0) as front:
         await front.ready()
         name = fresh()
         await front.register(name)
@@ -206,7 +206,7 @@ async def test_a_caller_has_so_many_critical_messages_a_minute(
 
 async def test_what_the_queue_knows_already_is_given_back_to_the_quota(stack: Stack, queue: StandIn) -> None:
     """A-P-13: a client's retries under one key are one message, also while the quota lasts; so is one never kept."""
-    async with proxy(stack, critical_per_minute=2, query_timeout_s=5.0, kept_wait_s=5.0) as front:
+    async with proxy(stack, critical_per_minute=2, query_timeout_s=20.0, kept_wait_s=5.0) as front:
         await front.ready()
         name = fresh()
         await front.register(name)
@@ -239,7 +239,7 @@ async def test_a_workspace_that_cannot_be_reached_is_kept_for(front: Proxy, queu
         workspace = front.copies.registry.find(name)
         return workspace is not None and front.copies.registry.status(workspace) is not None
 
-    await until(is_heard, 15)
+    await until(is_heard)
     reply = await front.say(name)
     assert (reply.status, reply.json()["result"]["metadata"][EXTENSION]["reason"]) == (202, status)
     assert [fact.reason for fact in queue.lines[name]] == [status]

@@ -17,7 +17,7 @@ from tests.integration.proxy_kit import Proxy, Reply, empty, fresh, nothing_left
 from tests.integration.queue_kit import agent, queue_pool, queue_service
 from tests.integration.session_kit import Puppet, puppet
 
-GRACE_S = 1.0
+GRACE_S = 3.0
 TIMING = {"sweep_s": 0.3, "reread_s": 0.1, "snapshot_s": 0.3, "snapshot_pause_s": 0.1, "stop_grace_s": GRACE_S}
 EXTENSION = "urn:bide:queue:1"
 
@@ -46,7 +46,7 @@ async def life(front: Proxy, name: str, status: Any, *, incarnation: int = 1) ->
         said = front.copies.registry._statuses.get(name)
         return said is not None and said.rev >= fact.rev
 
-    await until(is_heard, 15)
+    await until(is_heard)
 
 
 async def reborn(front: Proxy, name: str, url: str) -> None:
@@ -96,13 +96,13 @@ async def test_a_message_to_the_dead_is_kept_and_reaches_the_next_life(stack: St
         async def is_delivered() -> bool:
             return bool((await ring.call("GET", f"/queue/{queue_id}")).json()["status"] == "completed")
 
-        await until(is_delivered, 15)
+        await until(is_delivered)
         await life(ring, name, "gave_up")  # of the life before: it comes late
 
         async def is_forwarded() -> bool:
             return (await ring.say(name)).status == 200
 
-        await until(is_forwarded, 15)
+        await until(is_forwarded)
 
 
 # ── live forwards ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -117,7 +117,7 @@ async def test_a_live_forward_to_the_dead_ends_after_the_grace_and_says_what_to_
         await until(lambda: is_asked(mute))
         await life(ring, name, "offline")
         died_at = asyncio.get_running_loop().time()
-        reply = await asyncio.wait_for(call, 15)
+        reply = await asyncio.wait_for(call, 60)
         assert asyncio.get_running_loop().time() - died_at >= GRACE_S - 0.2
         error = reply.json()["error"]
         assert (reply.status, error["code"], error["data"]["code"]) == (502, -32603, "agent_died")
@@ -138,7 +138,7 @@ async def test_a_live_forward_ends_at_once_when_another_life_is_heard(ring: Prox
         await asyncio.sleep(0)
         assert not call.done()
         await reborn(ring, name, worker.url)
-        reply = await asyncio.wait_for(call, 15)
+        reply = await asyncio.wait_for(call, 60)
         assert (reply.status, reply.json()["error"]["data"]["code"]) == (502, "agent_died")
         assert (await ring.say(name)).status == 200
 
@@ -165,9 +165,9 @@ async def test_a_stream_of_the_dead_is_cut_and_not_ended(ring: Proxy) -> None:
         async def has_task() -> bool:
             return any(each.task_id == "t" for each in ring.copies.uses.of(name).own.values())
 
-        await until(has_task, 15)
+        await until(has_task)
         await life(ring, name, "gave_up")
-        reply = await asyncio.wait_for(call, 15)
+        reply = await asyncio.wait_for(call, 60)
         assert (reply.status, reply.complete, len(reply.events())) == (200, False, 1)
 
 
@@ -180,7 +180,7 @@ async def test_a_forward_to_an_agent_that_was_alive_after_all_goes_on(ring: Prox
         await worker.until(lambda: worker.active == 1)
         await life(ring, name, "offline")
         await life(ring, name, "online")
-        assert (await asyncio.wait_for(call, 15)).status == 200
+        assert (await asyncio.wait_for(call, 60)).status == 200
 
 
 # ── resume ───────────────────────────────────────────────────────────────────────────────────────────────────────────

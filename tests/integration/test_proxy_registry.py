@@ -130,7 +130,7 @@ async def test_the_age_of_a_beat_counts_from_its_arrival(front: Proxy) -> None:
         async def is_held_up() -> bool:
             return bool(await connection.fetchval(waits))
 
-        await until(is_held_up, 10)
+        await until(is_held_up)
         held_up_at = time.time()
     assert (await beat).status == 200
     said = front.copies.uses.of(name).beat
@@ -191,13 +191,13 @@ async def test_every_replica_knows_what_one_was_told(stack: Stack) -> None:
             found = two.copies.registry.find(name)
             return found is not None and found.settings.get("queue_depth_max") == 7
 
-        await until(heard, 10)
+        await until(heard)
         assert (await two.call("GET", f"/workspaces/{name}/.well-known/agent.json")).json()["name"] == "a"
 
         async def beaten() -> bool:
             return one.copies.uses.of(name).beat is not None
 
-        await until(beaten, 10)
+        await until(beaten)
 
 
 async def test_a_removed_workspace_is_gone_for_good(front: Proxy) -> None:
@@ -273,7 +273,7 @@ async def test_who_enrolled_owns(front: Proxy) -> None:
     operator, user = await key(front, "team-a", "operator"), await key(front, "team-b")
     await front.register(name, token=operator)
     await front.service.pool.execute("UPDATE callers SET rights = '{}' WHERE caller_id = 'team-a'")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         owner = await key(front, "team-a")
     assert (await front.call("PATCH", f"/workspaces/{name}", {"hold_max_s": 10}, token=owner)).status == 200
     assert (await front.call("PATCH", f"/workspaces/{name}", {"hold_max_s": 10}, token=user)).status == 404

@@ -11,6 +11,7 @@ import pytest
 
 from bide_agent.agent import Agent
 from tests.conftest import Stack, until
+from tests.integration.calendar_kit import LONG, free
 from tests.integration.proxy_kit import Proxy, empty, fresh, proxy
 from tests.integration.queue_kit import agent, queue_service
 
@@ -24,7 +25,7 @@ async def ring(stack: Stack) -> AsyncIterator[Proxy]:
     """A proxy and a queue service on empty tables; the proxy has had its first snapshot."""
     await empty(stack)
     async with (
-        proxy(stack, kept_wait_s=5.0, query_timeout_s=5.0) as front,
+        proxy(stack, kept_wait_s=5.0, query_timeout_s=20.0) as front,
         queue_service(stack, sweep_s=0.5, snapshot_s=0.3),
     ):
         await front.ready()
@@ -54,10 +55,11 @@ async def test_an_idle_agent_answers_straight_through(ring: Proxy) -> None:
 async def test_a_busy_agent_s_message_is_kept_delivered_and_answered(ring: Proxy) -> None:
     """A-Q-09, A-Q-17, A-P-09: the 202 is a promise, a Task in submitted; nothing in it could be taken for an answer."""
     name = fresh()
-    async with agent(name, work_s=0.5) as worker:
+    async with agent(name, work_s=LONG) as worker:
         await seat(ring, worker, name)
         first = asyncio.create_task(ring.say(name, "first"))
         await worker.until(lambda: worker.active == 1)
+        worker.behave(work_s=0.05)  # the turns after this one
         second = await ring.say(name, "second")
         assert second.status == 202, second.body
         said = second.json()
@@ -66,13 +68,14 @@ async def test_a_busy_agent_s_message_is_kept_delivered_and_answered(ring: Proxy
         assert said["result"]["status"]["state"] == "submitted"
         assert second.headers["location"] == f"/queue/{queue_id}"
         assert "message" not in said["result"]["status"]
+        free(worker)
         assert (await first).status == 200
 
         async def done() -> bool:
             found = await ring.call("GET", f"/queue/{queue_id}")
             return found.status == 200 and found.json()["status"] == "completed"
 
-        await until(done, 10)
+        await until(done)
         assert [each.text for each in worker.received] == ["first", "second"]
         task = await ring.call("POST", f"/workspaces/{name}/a2a", rpc("tasks/get", queue_id), x_workspace_id="lead")
         assert task.json()["result"]["status"]["state"] == "completed", task.body
@@ -91,7 +94,7 @@ async def ended(front: Proxy, queue_id: str, status: str = "completed") -> dict[
     async def has_ended() -> bool:
         return bool((await item(front, queue_id))["status"] == status)
 
-    await until(has_ended, 15)
+    await until(has_ended)
     return await item(front, queue_id)
 
 
@@ -104,13 +107,15 @@ async def test_a_body_of_any_spelling_arrives_byte_for_byte_live_and_kept(ring: 
         b' "messageId" : "m\\u0000\\ud800-%d"}}}' % number
         for number in range(2)
     ]
-    async with agent(name, work_s=0.4) as worker:
+    async with agent(name, work_s=LONG) as worker:
         await seat(ring, worker, name)
         path = f"/workspaces/{name}/a2a"
         first = asyncio.create_task(ring.call("POST", path, bodies[0], x_workspace_id="caf\xe9"))
         await worker.until(lambda: worker.active == 1)
+        worker.behave(work_s=0.05)  # the turns after this one
         second = await ring.call("POST", path, bodies[1], x_workspace_id="caf\xe9")
         assert second.status == 202, second.body
+        free(worker)
         assert (await first).status == 200
         await worker.until(lambda: len(worker.received) == 2)
         assert [each.body for each in worker.received] == bodies
@@ -135,10 +140,11 @@ async def test_what_the_original_callers_leave_out_is_supplied(ring: Proxy) -> N
 async def test_twenty_concurrent_sends_of_one_message_are_one(ring: Proxy) -> None:
     """B-15, A-Q-02 (the other caller's is its own): all get its id; a twin of a live forward gets its answer."""
     name = fresh()
-    async with agent(name, work_s=0.6) as worker:
+    async with agent(name, work_s=LONG) as worker:
         await seat(ring, worker, name)
         live = [asyncio.create_task(ring.say(name, "live", message_id="m-live", request_id=n)) for n in range(3)]
         await worker.until(lambda: worker.active == 1)
+        worker.behave(work_s=0.05)  # the turns after this one
         sent = [ring.say(name, "same", message_id="m-1", request_id=n) for n in range(20)]
         other = ring.say(name, "same", message_id="m-1", caller="another")
         *replies, others = await asyncio.gather(*sent, other)
@@ -146,6 +152,7 @@ async def test_twenty_concurrent_sends_of_one_message_are_one(ring: Proxy) -> No
         assert len({reply.json()["queue_id"] for reply in replies}) == 1
         assert [reply.json()["id"] for reply in replies] == list(range(20))
         assert others.json()["queue_id"] != replies[0].json()["queue_id"]
+        free(worker)
         answers = await asyncio.gather(*live)
         assert [reply.json()["id"] for reply in answers] == [0, 1, 2]
         assert len({json.dumps(reply.json()["result"]) for reply in answers}) == 1
@@ -156,22 +163,24 @@ async def test_twenty_concurrent_sends_of_one_message_are_one(ring: Proxy) -> No
 async def test_a_key_with_another_body_is_refused(ring: Proxy) -> None:
     """B-16: 409 while the first is in flight here, 422 while it waits; never swallowed."""
     name = fresh()
-    async with agent(name, work_s=0.6) as worker:
+    async with agent(name, work_s=LONG) as worker:
         await seat(ring, worker, name)
         first = asyncio.create_task(ring.say(name, "a", message_id="m-0"))
         await worker.until(lambda: worker.active == 1)
+        worker.behave(work_s=0.05)  # the turns after this one
         clash = await ring.say(name, "b", message_id="m-0")
         assert (clash.status, clash.json()["error"]["code"]) == (409, -32600)
         assert (await ring.say(name, "c", message_id="m-1")).status == 202
         clash = await ring.say(name, "d", message_id="m-1")
         assert (clash.status, clash.json()["error"]["data"]["code"]) == (422, "key_conflict")
+        free(worker)
         assert (await first).status == 200
 
 
 async def test_an_explicit_key_is_one_execution_idle_busy_and_after(ring: Proxy) -> None:
     """A-Q-20, A-Q-21: a new messageId per retry does not defeat it, and a late retry gets the stored answer."""
     name = fresh()
-    async with agent(name, work_s=2.0) as worker:
+    async with agent(name, work_s=LONG) as worker:
         await seat(ring, worker, name)
 
         async def send(message_id: str) -> Any:
@@ -182,6 +191,8 @@ async def test_an_explicit_key_is_one_execution_idle_busy_and_after(ring: Proxy)
         assert first.status == 202, first.body
         queue_id = first.json()["queue_id"]
         assert (await send("2")).json()["queue_id"] == queue_id
+        await worker.until(lambda: worker.active == 1)
+        free(worker)
         await ended(ring, queue_id)
         late = await send("3")
         assert (late.status, late.headers.get("idempotent-replayed")) == (200, "true"), late.body
@@ -197,13 +208,15 @@ async def test_a_limited_wait_gives_the_answer_or_a_promise(ring: Proxy) -> None
     name = fresh()
     async with agent(name, work_s=0.2) as worker:
         await seat(ring, worker, name)
-        quick = await ring.say(name, "quick", prefer="wait=10")
-        assert (quick.status, quick.headers.get("preference-applied")) == (200, "wait=10"), quick.body
+        quick = await ring.say(name, "quick", prefer="wait=60")
+        assert (quick.status, quick.headers.get("preference-applied")) == (200, "wait=60"), quick.body
         assert "quick" in str(quick.json()["result"])
-        worker.behave(work_s=1.5)
+        worker.behave(work_s=LONG)
         slow = await ring.say(name, "slow", x_timeout="0.5")
         assert slow.status == 202, slow.body
-        assert slow.json()["result"]["status"]["state"] == "working"
+        assert slow.json()["result"]["status"]["state"] in {"submitted", "working"}
+        await worker.until(lambda: worker.active == 1)
+        free(worker)
         found = await ended(ring, slow.json()["queue_id"])
         assert "slow" in str(found["answer"])
 
@@ -216,8 +229,8 @@ async def test_a_limited_wait_of_a_modern_caller_gets_what_send_message_answers(
     name = fresh()
     async with agent(name, work_s=0.2, behaviour={"asynchronous": asynchronous, "answer": "task"}) as worker:
         await seat(ring, worker, name)
-        reply = await ring.say(name, "m", method="SendMessage", a2a_version="1.0", prefer="wait=15", request_id=9)
-        assert (reply.status, reply.headers.get("preference-applied")) == (200, "wait=15"), reply.body
+        reply = await ring.say(name, "m", method="SendMessage", a2a_version="1.0", prefer="wait=60", request_id=9)
+        assert (reply.status, reply.headers.get("preference-applied")) == (200, "wait=60"), reply.body
         assert (reply.json()["id"], reply.json()["result"].keys()) == (9, {"task"})
         task = reply.json()["result"]["task"]
         assert task["status"]["state"] == "TASK_STATE_COMPLETED"
@@ -230,10 +243,11 @@ async def test_a_limited_wait_of_a_modern_caller_gets_what_send_message_answers(
 
 async def test_blocking_and_streaming_callers_get_the_submitted_task(ring: Proxy) -> None:
     name = fresh()
-    async with agent(name, work_s=1.0) as worker:
+    async with agent(name, work_s=LONG) as worker:
         await seat(ring, worker, name)
         first = asyncio.create_task(ring.say(name, "first"))
         await worker.until(lambda: worker.active == 1)
+        worker.behave(work_s=0.05)  # the turns after this one
         blocking = await ring.say(name, "b", configuration={"blocking": True})
         assert (blocking.status, blocking.json()["result"]["status"]["state"]) == (200, "submitted")
         modern = await ring.say(name, "m", method="SendMessage", a2a_version="1.0")
@@ -248,6 +262,7 @@ async def test_blocking_and_streaming_callers_get_the_submitted_task(ring: Proxy
         assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream")
         (event,) = stream.events()
         assert event["result"]["status"]["state"] == "submitted"
+        free(worker)
         assert (await first).status == 200
 
 
@@ -265,10 +280,11 @@ async def test_a_stream_of_an_idle_agent_comes_through_as_it_is(ring: Proxy) -> 
 
 async def test_a_waiting_message_is_canceled_and_another_s_does_not_exist(ring: Proxy) -> None:
     name = fresh()
-    async with agent(name, work_s=1.0) as worker:
+    async with agent(name, work_s=LONG) as worker:
         await seat(ring, worker, name)
         first = asyncio.create_task(ring.say(name, "first"))
         await worker.until(lambda: worker.active == 1)
+        worker.behave(work_s=0.05)  # the turns after this one
         one, two = [(await ring.say(name, text)).json()["queue_id"] for text in ("one", "two")]
         path, key = f"/workspaces/{name}/a2a", await operator(ring, "stranger", ())
         stranger = await ring.call("POST", path, rpc("tasks/cancel", one), token=key)
@@ -279,6 +295,7 @@ async def test_a_waiting_message_is_canceled_and_another_s_does_not_exist(ring: 
         assert canceled.json()["result"]["status"]["state"] == "canceled", canceled.body
         again = await ring.call("POST", path, rpc("tasks/get", one), x_workspace_id="lead")
         assert again.json()["result"]["status"]["state"] == "canceled"
+        free(worker)
         assert (await first).status == 200
         assert [each.text for each in worker.received] == ["first"]
 

@@ -19,7 +19,7 @@ RULE = {"name": "report", "every_s": 3600, "prompt": "before"}
 async def ring(stack: Stack) -> AsyncIterator[Proxy]:
     await empty(stack)
     async with (
-        proxy(stack, kept_wait_s=5.0, query_timeout_s=5.0, applied_wait_s=5.0) as front,
+        proxy(stack, kept_wait_s=5.0, query_timeout_s=20.0, applied_wait_s=20.0) as front,
         queue_service(stack, sweep_s=0.3, snapshot_s=0.3),
         scheduler_service(stack),
     ):
@@ -34,7 +34,7 @@ async def seated(front: Proxy, name: str, url: str = "") -> str:
     async def is_answered() -> bool:
         return (await front.call("GET", f"/workspaces/{name}/schedules")).status == 200
 
-    await until(is_answered, 15)
+    await until(is_answered)
     return token
 
 
@@ -81,7 +81,7 @@ async def test_a_run_by_hand_reaches_the_agent_with_the_newest_prompt(ring: Prox
             fires = (await ring.call("GET", f"{path}/fires")).json()["items"]
             return [each["outcome"] for each in fires] == ["delivered"]
 
-        await until(is_settled, 15)
+        await until(is_settled)
 
 
 async def test_schedules_are_their_owners_and_operators(ring: Proxy) -> None:

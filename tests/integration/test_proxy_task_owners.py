@@ -165,7 +165,7 @@ async def test_the_agent_s_task_of_a_kept_message_is_its_caller_s_too(front: Pro
             shown = await front.call("GET", f"/queue/{queue_id}", token=one)
             return shown.json().get("agent_task_id") is not None
 
-        await until(named, 15)
+        await until(named)
         task_id = (await front.call("GET", f"/queue/{queue_id}", token=one)).json()["agent_task_id"]
         assert code(await ask(front, name, "tasks/get", {"id": task_id}, other)) == NO_SUCH_TASK
         assert (await ask(front, name, "tasks/get", {"id": task_id}, one))["result"]["id"] == task_id

@@ -45,7 +45,7 @@ class Ring:
 async def ring(stack: Stack, request: pytest.FixtureRequest) -> AsyncIterator[Ring]:
     """`param`: how long a service that is asked may take to answer."""
     await empty(stack)
-    async with stand_in(stack) as queue, proxy(stack, query_timeout_s=getattr(request, "param", 5.0)) as front:
+    async with stand_in(stack) as queue, proxy(stack, query_timeout_s=getattr(request, "param", 20.0)) as front:
         await front.ready()
         name = fresh()
         tokens = {

@@ -37,7 +37,7 @@ async def kept(front: Proxy, name: str, text: str, **more: Any) -> str:
         """Verbs are for what the queue has read."""
         return (await front.call("GET", f"/queue/{queue_id}")).json().get("position") is not None
 
-    await until(is_there, 15)
+    await until(is_there)
     return queue_id
 
 
@@ -48,7 +48,7 @@ async def becomes(front: Proxy, queue_id: str, status: str) -> dict[str, Any]:
         found.update((await front.call("GET", f"/queue/{queue_id}")).json())
         return found.get("status") == status
 
-    await until(is_so, 20)
+    await until(is_so)
     return found
 
 
@@ -65,7 +65,7 @@ async def pause(front: Proxy, admin: asyncpg.Connection[asyncpg.Record], name: s
     async def is_known() -> bool:
         return bool(await admin.fetchval("SELECT paused FROM queue.workspaces WHERE workspace_id = $1", name))
 
-    await until(is_known, 15)
+    await until(is_known)
 
 
 async def seat(front: Proxy, worker: Agent, name: str) -> None:
@@ -171,7 +171,7 @@ async def test_a_line_that_was_drained_for_a_while_says_how_long_a_turn_takes(
         async def is_measured() -> bool:
             return (await ring.call("GET", f"/workspaces/{name}")).json()["queue"]["turn_s"] is not None
 
-        await until(is_measured, 15)
+        await until(is_measured)
         await pause(ring, admin, name)
         replies = await asyncio.gather(*(ring.say(name, "x", prefer="respond-async") for _ in range(8)))
         full = [reply for reply in replies if reply.status == 429]
@@ -190,7 +190,7 @@ async def test_what_was_set_aside_is_shown_and_what_nobody_can_read_stays(ring: 
         letter.update(listed[0] if listed else {})
         return bool(letter)
 
-    await until(is_listed, 15)
+    await until(is_listed)
     assert letter["error"]
     assert letter["replayed_at"] is None
     refused = await ring.call("POST", f"/dead-letters/{letter['digest']}/replay", {"note": "let us see"})

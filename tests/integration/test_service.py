@@ -42,7 +42,7 @@ class Process:
         async def said() -> bool:
             return any(line["event"] == name for line in self.said)
 
-        await until(said, 20)
+        await until(said)
         return next(line for line in self.said if line["event"] == name)
 
     async def ended(self, within_s: float = STOP_LIMIT_S) -> int:

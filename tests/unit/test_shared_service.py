@@ -51,6 +51,18 @@ async def test_livez_touches_no_dependency() -> None:
     assert (await get(health, "/livez"))[0] == 200
 
 
+async def test_readyz_of_a_service_that_is_starting_says_so_whatever_begins_meanwhile() -> None:
+    """A probe that is added while the others are asked has not answered yet: it is no error of the service."""
+    health = Health()
+
+    async def goes_on() -> None:
+        health.add("rabbitmq", works)
+
+    health.add("postgres", goes_on)
+    status, body = await get(health, "/readyz")
+    assert (status, json.loads(body)) == (503, {"status": "not ready", "service": "starting", "postgres": "ok"})
+
+
 async def test_livez_tells_of_a_loop_that_hangs_and_not_of_one_that_fails() -> None:
     """D-S26, C-R6: a decision loop that no longer turns is noticed by whoever supervises; an outage is no reason."""
     hanging, failing = Loop("hanging", _hangs), Loop("failing", _refused)

@@ -19,6 +19,7 @@ from bide_agent.record import Received
 from tests.chaos.kit.looking import known
 from tests.chaos.kit.processes import Fault, Ring
 from tests.conftest import ROOT, until
+from tests.e2e.operated import lines
 
 
 @dataclass(eq=False)
@@ -35,8 +36,7 @@ class AgentProcess:
     def received(self) -> Sequence[Received]:
         """Every message that began a turn, in all lives; one that it did not survive has no end."""
         found: dict[tuple[str | None, float], Received] = {}
-        for line in self._record.read_text().splitlines() if self._record.exists() else ():
-            said: dict[str, Any] = json.loads(line)
+        for said in lines(self._record):
             if said["event"] in {"begin", "end"}:
                 found[said["message_id"], said["started_at"]] = _received(said)
         return list(found.values())

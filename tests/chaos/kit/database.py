@@ -115,7 +115,7 @@ async def close_books(stack: Stack, services: Ring, load: Storm) -> Account:
 
     Order holds too: batches that wait for Postgres side by side come through in any order (I3, a late insert).
     """
-    account = await load.account(within_s=150)
+    account = await load.account(within_s=240)
     account.check()
     assert account.out_of_order() == []
     assert account.duplicates == []

@@ -27,7 +27,7 @@ from tests.conftest import ROOT, Stack, until
 from tests.e2e.conftest import Ready
 
 ADMIN_TOKEN = "admin-of-the-chaos-tests"
-READY_S = 60.0
+READY_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class Ring:
     @property
     def ready(self) -> Ready:
         """What agents and callers must know."""
-        return Ready([process.url for process in self.of("proxy")], ADMIN_TOKEN, {})
+        return Ready([process.url for process in self.of("proxy")], ADMIN_TOKEN, {}, self.stack.database_url)
 
     def note(self, what: str, whom: str, begun_at: float) -> None:
         """Remember a fault of a server, which ends now."""

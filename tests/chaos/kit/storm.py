@@ -142,7 +142,7 @@ class Storm:
         self._pacing.clear()
         self._enough.clear()
 
-    async def account(self, within_s: float = 120.0) -> Account:
+    async def account(self, within_s: float = 240.0) -> Account:
         """End the storm, wait for the end of every promise, and close the books."""
         await self.end()
         asking = asyncio.Semaphore(_ASKING_MAX)
