@@ -43,9 +43,9 @@ async def in_a_long_session(lead: Caller, fleet: Fleet, **behaviour: Any) -> tup
     return agent, first
 
 
-async def planned(lead: Caller, name: str, prompt: str) -> tuple[str, datetime]:
+async def planned(lead: Caller, name: str, prompt: str, every_s: int = PERIOD_S) -> tuple[str, datetime]:
     """A schedule's path, and when it fires first."""
-    body = {"name": "half-hourly", "every_s": PERIOD_S, "prompt": prompt}
+    body = {"name": "half-hourly", "every_s": every_s, "prompt": prompt}
     made = await lead.call("POST", f"/workspaces/{name}/schedules", body)
     assert made.status == 201, made.body
     path = f"/workspaces/{name}/schedules/{made.json['schedule_id']}"
@@ -108,15 +108,15 @@ async def test_at_its_ceiling_a_session_is_asked_to_save_and_every_tick_runs(lea
     """C-K1: the agent obeys; nothing is stopped, and what waited goes on."""
     agent, first = await in_a_long_session(lead, fleet)
     name = agent.workspace
-    # It is asked twice, a quarter of the ceiling apart: longer than this machine stands still.
-    rules = {"session_ceiling_s": 4 * PERIOD_S, "checkpoint_grace_s": 20, "stop_grace_s": 5}
+    every_s = 2 * PERIOD_S  # it is asked twice, a quarter of the ceiling apart: longer than a machine stands still
+    rules = {"session_ceiling_s": 2 * every_s, "checkpoint_grace_s": 20, "stop_grace_s": 5}
     assert (await lead.call("PATCH", f"/workspaces/{name}", rules)).status == 200
-    schedule, _ = await planned(lead, name, "look")
+    schedule, _ = await planned(lead, name, "look", every_s)
 
     async def four_ran() -> bool:
         return bool((await seen(lead, schedule))["run_count"] >= 4)
 
-    await until(four_ran, within_s=60)
+    await until(four_ran, within_s=90)
     answer = await first
     reasons = [each["reason"] for each in agent.directives if each["kind"] == "checkpoint"]
     assert reasons == ["ceiling_near", "ceiling"]
