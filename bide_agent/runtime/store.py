@@ -21,6 +21,8 @@ REMEMBERED = 1000
 BYTES_MAX = 64 * 1024 * 1024
 STATE_BYTES_MAX = 1024 * 1024
 """What `session.save` takes at once."""
+BUSY_S = 10.0
+"""How long another process may hold the file."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (queue_id TEXT PRIMARY KEY, task_id TEXT, at REAL NOT NULL, said BLOB NOT NULL);
@@ -138,9 +140,10 @@ def _opened(path: Path | None) -> sqlite3.Connection:
 
 
 def _checked(path: Path | None) -> sqlite3.Connection:
-    db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False, timeout=BUSY_S)
     try:
-        db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; {_SCHEMA}")
+        _write_ahead(db)
+        db.executescript(f"PRAGMA synchronous = NORMAL; {_SCHEMA}")
         (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise sqlite3.DatabaseError(found)
@@ -148,6 +151,20 @@ def _checked(path: Path | None) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Have a log written ahead; of two who open a new file at once one waits, which SQLite does not do here itself."""
+    until = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+            time.sleep(0.01)  # nothing tells when the other one is done
+        else:
+            return
 
 
 def _written(said: Any) -> bytes:

@@ -112,6 +112,8 @@ class History:
     async def _drop(self, day: date) -> bool:
         async with self._pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as connection, connection.transaction():
             await connection.execute(_PATIENCE)
+            # Before the name is looked up: of two replicas that drop one day, the second finds it gone, not half gone.
+            await connection.execute("LOCK TABLE ONLY a2a_finished IN ACCESS EXCLUSIVE MODE")
             await connection.execute(f"DROP TABLE IF EXISTS {_name(day)}")
         return True
 

@@ -217,6 +217,7 @@ async def test_what_the_queue_knows_already_is_given_back_to_the_quota(stack: St
         }
         first = await front.say(name, **alarm, message_id="m-1")
         queue.on_kept = lambda fact: {"duplicate_of": first.json()["queue_id"]} if fact.explicit_key else {}
+        queue.says["item"] = lambda _: UNKNOWN
         for _ in range(4):
             again = await front.say(name, **alarm, message_id="m-1", idempotency_key="k")
             assert (again.status, again.json()["queue_id"]) == (202, first.json()["queue_id"])

@@ -422,7 +422,8 @@ async def test_a_replica_whose_loop_was_blocked_does_no_harm_when_it_comes_back(
                 async with queue_service(stack, **timing):
                     # Not by a question: the blocked one may have taken it, and would answer late.
                     ended = "SELECT status, attempts, delivery_no > 1 FROM a2a_finished WHERE queue_id = $1"
-                    await until(lambda: _truth(rows, ended, fact.queue_id))
+                    # It may hold locks in the middle of an answer: then the database takes them after 30 s.
+                    await until(lambda: _truth(rows, ended, fact.queue_id), within_s=90)
                     assert tuple(await rows.fetchrow(ended, fact.queue_id) or ()) == ("completed", 1, True)
                     assert blocked not in await beats(rows, 0.6)
                     free.set()
