@@ -205,11 +205,15 @@ async def test_the_plain_agent_answers_callers_of_both_versions(kind: Kind, open
         assert (await agent.says("working on")).endswith(": hello")
 
 
-async def test_the_plain_agent_refuses_when_busy_and_bide_keeps_what_it_refused(open_ring: Ready, lead: Caller) -> None:
+async def test_the_plain_agent_refuses_when_busy_and_bide_keeps_what_it_refused(
+    open_ring: Ready, lead: Caller, tmp_path: Path
+) -> None:
     name = f"plain-{uuid4().hex[:8]}"
-    async with started(open_ring, sys.executable, str(PLAIN), name, "15") as agent:
+    # It says that it takes two at a time and takes one, and so Bide does not keep the second by itself.
+    program = tmp_path / "plain.py"
+    program.write_text(PLAIN.read_text().replace('"max_concurrent_tasks": 1', '"max_concurrent_tasks": 2'))
+    async with started(open_ring, sys.executable, str(program), name, "15") as agent:
         url = (await agent.says("registered")).split()[-1]
-        # Somebody has told Bide that it takes two at a time, and so Bide does not keep the second by itself.
         told = await lead.call("POST", "/registry/register", {"id": name, "url": url, "max_concurrent_tasks": 2})
         async with started(open_ring, *SEED.command(), name, "one") as one:
             await agent.says("working on")

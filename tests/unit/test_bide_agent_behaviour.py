@@ -77,7 +77,7 @@ async def test_at_capacity_the_refusal_is_marked_busy(agent: Agent) -> None:
 
 @pytest.mark.parametrize(("slots", "refused"), [(1, 2), (2, 1), (3, 0)])
 async def test_an_agent_takes_as_many_as_it_has_slots(slots: int, refused: int) -> None:
-    async with running(Options(workspace="w1", work_s=0.2, max_concurrent=slots)) as agent:
+    async with running(Options(workspace="w1", work_s=1, max_concurrent=slots)) as agent:
         replies = await asyncio.gather(*(send(agent) for _ in range(3)))
         assert sorted(reply.status for reply in replies) == [200] * (3 - refused) + [503] * refused
         assert agent.active == 0
@@ -240,7 +240,7 @@ async def test_an_agent_that_is_stopped_leaves_nothing_behind(
 
 
 async def test_a_turn_that_ends_within_the_grace_is_answered() -> None:
-    async with running(Options(workspace="w1", work_s=0.1, grace_s=30)) as agent:
+    async with running(Options(workspace="w1", work_s=1, grace_s=30)) as agent:
         call = asyncio.create_task(send(agent))
         await agent.until(lambda: agent.active == 1)
     assert (await call).status == 200

@@ -17,6 +17,7 @@ from bide_agent.client import Reply, request
 from bide_agent.decide import Result, decide, gives_back
 from bide_agent.directives import ACKNOWLEDGED_MAX, REMEMBERED, Directives
 from bide_agent.state import State
+from tests.integration.calendar_kit import free
 
 URI = "urn:bide:queue:1"
 SESSION = "q-1:1"
@@ -184,7 +185,7 @@ async def test_a_task_that_is_followed_ends_as_its_turn_does(
 
 
 async def test_a_turn_that_is_done_before_it_is_saved_answers_as_ever(agent: Agent) -> None:
-    agent.behave(save_s=600, work_s=0.1)
+    agent.behave(save_s=600, work_s=1)
     async with sending(agent) as sent:
         assert await direct(agent, "checkpoint") == (200, "saving")
         said = (await sent).json()["result"]
@@ -220,9 +221,10 @@ async def test_a_stop_outruns_a_save(agent: Agent) -> None:
 async def test_a_turn_whose_agent_does_not_obey_goes_on(
     agent: Agent, behaviour: dict[str, Any], kind: str, reason: str, word: str
 ) -> None:
-    agent.behave(**behaviour, work_s=0.2)
+    agent.behave(**behaviour, work_s=600)
     async with sending(agent) as sent:
         assert await direct(agent, kind, reason) == (200, word)
+        free(agent)
         assert (await sent).json()["result"]["metadata"] == {URI: {"queue_id": None, "delivery": None}}
     assert agent.received[0].outcome == "answered"
 

@@ -92,7 +92,7 @@ async def test_a_body_over_64_kib_is_recorded_by_its_hash(tmp_path: Path, length
 
 async def test_order_and_overlap_can_be_computed(tmp_path: Path) -> None:
     path = tmp_path / "record"
-    async with running(Options(workspace="w1", work_s=0.1, max_concurrent=2, record=path)) as agent:
+    async with running(Options(workspace="w1", work_s=0.5, max_concurrent=2, record=path)) as agent:
         for pair in ("ab", "cd"):
             await asyncio.gather(*(send(agent, text) for text in pair))
     events = lines(path)
