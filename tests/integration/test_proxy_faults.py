@@ -129,14 +129,15 @@ async def test_an_agent_that_does_its_own_work_is_kept_for(front: Proxy) -> None
     name = fresh()
     async with agent(name) as worker:
         token = await seat(front, worker)
-        worker.busy_for(0.6)
+        worker.busy_for(600)
         refused = await front.say(name, "refused by the agent")
         assert (refused.status, reason(refused)) == (202, "busy")
         await front.beat(name, token, active=1)
         kept = await front.say(name, "known to be busy")
         assert kept.status == 202
+        worker.busy_for(0)
         await front.beat(name, token, active=0)
-        await worker.until(lambda: len(worker.received) == 2, 15)
+        await worker.until(lambda: len(worker.received) == 2)
         assert [each.text for each in worker.received] == ["refused by the agent", "known to be busy"]
 
 

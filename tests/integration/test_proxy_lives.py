@@ -27,7 +27,7 @@ async def ring(stack: Stack) -> AsyncIterator[Proxy]:
     """A proxy and a queue service on empty tables; the proxy has had its first snapshot."""
     await empty(stack)
     async with (
-        proxy(stack, kept_wait_s=5.0, query_timeout_s=0.5, stop_grace_s=GRACE_S) as front,
+        proxy(stack, kept_wait_s=5.0, query_timeout_s=10.0, stop_grace_s=GRACE_S) as front,
         queue_service(stack, **TIMING),
     ):
         await front.ready()

@@ -299,7 +299,7 @@ async def test_dead_letters_are_for_operators_and_known_by_their_digest(ring: Ri
 
 async def test_a_verb_that_nobody_answers_may_have_been_done_and_is_in_the_record(stack: Stack) -> None:
     await empty(stack)
-    async with stand_in(stack) as queue, proxy(stack, query_timeout_s=0.3) as front:
+    async with stand_in(stack) as queue, proxy(stack, query_timeout_s=1.0) as front:
         await front.ready()
         name = fresh()
         await front.register(name)

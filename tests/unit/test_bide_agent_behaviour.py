@@ -84,7 +84,7 @@ async def test_an_agent_takes_as_many_as_it_has_slots(slots: int, refused: int) 
 
 
 async def test_foreign_work_refuses_as_any_work_does_and_ends_by_itself(agent: Agent) -> None:
-    agent.busy_for(0.05)
+    agent.busy_for(1)
     assert (await send(agent)).status == 503
     await agent.until(lambda: agent.active == 0)
     assert (await send(agent)).status == 200
