@@ -136,7 +136,7 @@ def _runs(agent: Agent, key: str) -> int:
 async def test_a_retry_after_a_lost_confirm_is_the_same_item(faulty: Stack) -> None:
     """B-28: the publish arrived and its confirm did not; the retry comes through another proxy while it waits."""
     async with ring(faulty, "proxy-1", "proxy-2", "queue-1") as services, storm(services, agents=4) as load:
-        agent = await load.agent(work_s=BUSY_S)
+        agent = await load.agent(work_s=BUSY_S, heartbeat_s=5.0)
         load.begin(load.agents[:-1])
         await load.more(10)
         caller, key = load.caller("told-unknown"), str(uuid4())

@@ -24,7 +24,7 @@ QUICK = {"BIDE_QUEUE_OWNER_SILENT_S": "6", "BIDE_QUEUE_OWNER_BEAT_S": "1"}
 async def test_a_queue_service_killed_three_times_loses_nothing_and_poisons_nothing(faulty: Stack) -> None:
     """A-Q-12, A-Q-18: with a message that is under way through all three deaths."""
     async with ring(faulty, **QUICK) as services, storm(services) as load:
-        long = await load.agent(work_s=BUSY_S)
+        long = await load.agent(work_s=BUSY_S, heartbeat_s=5.0)
         load.begin(load.agents[:-1])
         first = await load.send(long, "under way", prefer="wait=0")
         assert first.promised
