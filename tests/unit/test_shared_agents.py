@@ -377,7 +377,7 @@ async def test_a_connection_that_is_never_taken_is_not_sent() -> None:
             url = f"http://127.0.0.1:{full.getsockname()[1]}/"
             begun = time.monotonic()
             assert await not_sent(agents, url, limits=Limits(connect_timeout_s=0.2)) is Fault.CONNECT_TIMEOUT
-            assert 0.15 < time.monotonic() - begun < 2
+            assert 0.15 < time.monotonic() - begun < 4, "not the five seconds that are usual"
 
 
 @both_loops
@@ -618,14 +618,14 @@ async def test_a_heartbeat_keeps_a_silent_turn_alive_until_it_stops() -> None:
 
         async def beat() -> None:
             for _ in range(8):
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.2)
                 beats.append(time.monotonic())
 
         beating = asyncio.create_task(beat())
-        limits = Limits(idle_timeout_s=0.2)
+        limits = Limits(idle_timeout_s=1.0)
         assert await unanswered(agents, url, limits=limits, last_life=lambda: beats[-1]) is Fault.IDLE_TIMEOUT
         assert beating.done()
-        assert 0.19 <= time.monotonic() - beats[-1] < 2
+        assert 0.99 <= time.monotonic() - beats[-1] < 30
 
 
 @both_loops
@@ -634,7 +634,7 @@ async def test_no_sign_of_life_outlasts_the_total_limit() -> None:
         begun = time.monotonic()
         limits = Limits(idle_timeout_s=0.1, total_timeout_s=0.3)
         assert await unanswered(agents, url, limits=limits, last_life=time.monotonic) is Fault.TOTAL_TIMEOUT
-        assert 0.29 <= time.monotonic() - begun < 2
+        assert 0.29 <= time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize("moved_s", [0.5, -20.0], ids=["later", "sooner"])
@@ -647,7 +647,7 @@ async def test_a_bound_that_moves_is_the_one_that_counts(monkeypatch: pytest.Mon
         asyncio.get_running_loop().call_later(0.1, lambda: until.append(until[0] + moved_s))
         limits = Limits(total_timeout_s=0.1)
         assert await unanswered(agents, url, limits=limits, until=lambda: until[-1]) is Fault.TOTAL_TIMEOUT
-        assert until[-1] - 0.01 <= time.monotonic() < until[-1] + 2
+        assert until[-1] - 0.01 <= time.monotonic() < until[-1] + 15
 
 
 # ── a head came, the body not ────────────────────────────────────────────────────────────────────────────────────────
@@ -770,7 +770,7 @@ async def test_an_idle_connection_is_closed_by_us_before_the_server_does_it() ->
         await fetch(agents, url)
         begun = time.monotonic()
         await closed.wait()
-        assert 0.05 < time.monotonic() - begun < 2
+        assert 0.05 < time.monotonic() - begun < 30
 
 
 @both_loops
