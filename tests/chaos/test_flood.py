@@ -125,6 +125,5 @@ async def test_a_flood_for_one_workspace_leaves_the_others_their_pace(faulty: St
         assert account.duplicates == []
         assert [each.text for each in bob.received] == sorted(each.text for each in bob.received)
         assert await database.dead_letters(faulty) == []
-        # As before, or many times slower; the tail of 200 calls on a machine that others use may well double.
         assert median(middles) <= 1.5
-        assert median(tails) <= 3
+        assert median(tails) <= 1.5
